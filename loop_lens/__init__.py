@@ -1,0 +1,37 @@
+"""Hook points for every iteration and layer of looped language models."""
+
+from loop_lens.bridge import HookedLoopedTransformer
+from loop_lens.cache import LoopCache, NonAdditiveStreamError
+from loop_lens.checkpoint import UnsafeCheckpointError
+from loop_lens.families import UnknownFamilyError
+from loop_lens.families.weights import WeightsError
+from loop_lens.model import LoopedConfig, LoopedTransformer
+from loop_lens.opening import boot, loopify, wrap
+from loop_lens.schedule import Blocks, Boundary, Firing, Loop, Schedule, Sequence, UnknownNameError
+from loop_lens.unroll import LoopBody, Unroller, tied_clone
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Blocks",
+    "Boundary",
+    "Firing",
+    "HookedLoopedTransformer",
+    "Loop",
+    "LoopBody",
+    "LoopCache",
+    "LoopedConfig",
+    "LoopedTransformer",
+    "NonAdditiveStreamError",
+    "Schedule",
+    "Sequence",
+    "UnknownFamilyError",
+    "UnknownNameError",
+    "Unroller",
+    "UnsafeCheckpointError",
+    "WeightsError",
+    "boot",
+    "loopify",
+    "tied_clone",
+    "wrap",
+]

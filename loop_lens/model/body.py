@@ -1,0 +1,66 @@
+"""The native model's loop, unrolled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from loop_lens.model.modeling import LoopedTransformer
+from loop_lens.model.state import require_initial_state
+from loop_lens.unroll import LoopBody
+
+
+class NativeBody(LoopBody):
+    """Unrolls a `LoopedTransformer`."""
+
+    block_path = "model.layers"
+
+    def __init__(self, model: LoopedTransformer) -> None:
+        trunk, config = model.model, model.config
+        self.model, self.config = trunk, config
+        super().__init__(trunk, [*trunk.prelude, *trunk.core, *trunk.coda], config.schedule())
+        self.non_additive_because = config.non_additive_because
+        if config.block_norm != "pre":
+            self.fold_unsound_because = "norms come after the weights that they would be folded into"
+        elif config.loop_norm or config.post_loop_norm:
+            self.fold_unsound_because = (
+                "the final norm also runs inside the loop, where it cannot be folded into the unembedding"
+            )
+
+    def install(self) -> None:
+        """Put slots over blocks and trunk, and listen to the sites between blocks."""
+        super().install()
+        self.model.site = self.site
+
+    def set_times(self, **times: int) -> None:
+        """Change the number of iterations."""
+        super().set_times(**times)
+        self.config.recurrences = self.schedule.loops["loop"].times
+
+    def require_resumable(self, start: int, prelude_out: Tensor | None) -> dict[str, Any]:
+        """An injection still to come needs the prelude's output."""
+        firing = self.schedule[start]
+        if prelude_out is not None:
+            return {"prelude_output": prelude_out}
+        last = self.config.recurrences - 1
+        inside = firing.segment == "loop" and firing.iteration != last
+        if self.config.injection != "none" and inside:
+            raise ValueError(
+                f"start_at_layer={start} is inside the loop, and later iterations inject the prelude's output "
+                "again, which a residual stream does not contain: pass prelude_out=cache['hook_prelude_out']"
+            )
+        return {}
+
+    @property
+    def initial_state(self) -> Any:
+        """A seed, ``"zeros"`` or a state; None where the loop starts from the prelude's output."""
+        return None if self.config.initial_state == "prelude" else self.model.initial_state
+
+    def set_initial_state(self, value: Any) -> None:
+        """Choose the state before the first iteration."""
+        require_initial_state(value, self.config.hidden_size)
+        if self.config.initial_state == "prelude":
+            super().set_initial_state(value)
+        else:
+            self.model.initial_state = value

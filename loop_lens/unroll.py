@@ -1,0 +1,386 @@
+"""Tied clones and slots: every firing of a shared block gets an identity of its own.
+
+A `Slot` stands where a physical block stands and sees each of its calls. An `Unroller` knows the
+schedule, so it can tell the k-th call of a block from the others and hand it to whoever wants to
+run that firing differently. Nothing here depends on transformer-lens.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from loop_lens.schedule import Firing, Schedule
+
+Module = TypeVar("Module", bound=nn.Module)
+Bare = Callable[..., Any]
+Executor = Callable[["Run", Firing, Bare, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Observer(Protocol):
+    """Whoever watches the values between blocks."""
+
+    def wants(self, site: str) -> bool:
+        """Whether anyone would see this site's value."""
+        ...
+
+    def see(self, site: str, value: Tensor) -> Tensor:
+        """Look at a value; what is returned goes on in its place."""
+        ...
+
+
+def tied_clone(module: Module) -> Module:
+    """Copy a module tree that keeps the very parameters and buffers of the original.
+
+    The copies of each submodule share its dictionaries of parameters and buffers, not only the
+    tensors in them: whatever replaces a parameter later (a dtype move, a folded norm,
+    ``load_state_dict(assign=True)``) replaces it for all clones at once. Modules that the tree only
+    refers to, and configurations, are shared as they are.
+    """
+    inside = list(module.modules())
+    ids = {id(m) for m in inside}
+    memo: dict[int, Any] = {}
+    for m in inside:
+        for shared in (m._parameters, m._buffers, *m._parameters.values(), *m._buffers.values()):
+            if shared is not None:
+                memo[id(shared)] = shared
+        for key, value in m.__dict__.items():
+            outside = isinstance(value, nn.Module) and id(value) not in ids
+            if outside or key in ("config", "_unroller") or callable(value) and not isinstance(value, nn.Module):
+                memo[id(value)] = value
+    clone = copy.deepcopy(module, memo)
+    for m in clone.modules():
+        take_slot(m)
+    return clone
+
+
+@dataclass
+class Run:
+    """One forward in one thread.
+
+    Attributes:
+        calls: How often each physical block was called so far.
+        start: Firings before this one are not run: the input passes through them.
+        stop: The firing at which the forward ends, if any.
+        residual: What enters the firing ``start`` instead of its input, if anything.
+        notes: Whatever an unroller's subclass keeps during one forward.
+    """
+
+    calls: list[int]
+    start: int = 0
+    stop: int | None = None
+    residual: Tensor | None = None
+    notes: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+class FiringCountError(RuntimeError):
+    """A block was called more often in one forward than the schedule says."""
+
+
+class Unroller:
+    """Tells the firings of a model's blocks apart while its own forward runs.
+
+    The trunk is the module whose forward calls the blocks. Counting starts anew whenever it is
+    entered, in each thread for itself, so an aborted forward leaves nothing behind; gradient
+    checkpointing inside a block does not count twice, since it repeats what is below the slot.
+
+    Args:
+        trunk: Module whose ``forward`` runs the loop.
+        blocks: The physical blocks in the schedule's order.
+        schedule: What fires when.
+        cache_slots: Give each firing a slot of its own in the key-value cache. Off for models
+            that number the slots themselves.
+    """
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        blocks: Sequence[nn.Module],
+        schedule: Schedule,
+        *,
+        cache_slots: bool = True,
+    ) -> None:
+        if len(blocks) != schedule.n_blocks:
+            raise ValueError(
+                f"the schedule names {schedule.n_blocks} physical blocks, the model has {len(blocks)}"
+            )
+        self.trunk, self.blocks, self.schedule = trunk, list(blocks), schedule
+        self.cache_slots = cache_slots
+        self.executor: Executor | None = None
+        self.observer: Observer | None = None
+        self._local = threading.local()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Unroller:
+        new = copy.copy(self)
+        memo[id(self)] = new
+        for key, value in self.__dict__.items():
+            new.__dict__[key] = threading.local() if key == "_local" else copy.deepcopy(value, memo)
+        return new
+
+    def install(self) -> None:
+        """Put slots over the blocks and the trunk. Parameters, names and hooks stay as they are.
+
+        Raises:
+            ValueError: If the model is unrolled already.
+        """
+        if isinstance(self.trunk, _Slot):
+            raise ValueError("this model is unrolled already: use the HookedLoopedTransformer made from it")
+        for index, block in enumerate(self.blocks):
+            put_slot(block, BlockSlot, self, index)
+        put_slot(self.trunk, TrunkSlot, self, 0)
+
+    def remove(self) -> None:
+        """Take the slots away again."""
+        for module in (self.trunk, *self.blocks):
+            take_slot(module)
+
+    @property
+    def run(self) -> Run | None:
+        """The forward under way in this thread, if any."""
+        runs: list[Run] = getattr(self._local, "runs", [])
+        return runs[-1] if runs else None
+
+    @contextmanager
+    def forward(self) -> Iterator[Run]:
+        """Count the calls in this context as one forward. The trunk's slot enters it by itself."""
+        runs: list[Run] = self._local.__dict__.setdefault("runs", [])
+        run = Run([0] * len(self.blocks), **self._local.__dict__.pop("window", {}))
+        runs.append(run)
+        try:
+            yield run
+        finally:
+            runs.pop()
+
+    @contextmanager
+    def window(
+        self, start: int = 0, stop: int | None = None, residual: Tensor | None = None
+    ) -> Iterator[None]:
+        """Run only the firings ``start`` to ``stop`` (excluded) in the next forward of this thread."""
+        self._local.window = {"start": start, "stop": stop, "residual": residual}
+        try:
+            yield
+        finally:
+            self._local.__dict__.pop("window", None)
+
+    def call(self, slot: int, bare: Bare, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the next firing of a physical block. Outside a forward, the block itself."""
+        run = self.run
+        if run is None:
+            return bare(*args, **kwargs)
+        visit = run.calls[slot]
+        visits = self.schedule.visits[slot]
+        if visit >= len(visits):
+            raise FiringCountError(
+                f"block {slot} was called more than {len(visits)} times in one forward, "
+                "but the schedule has no more firings of it: give the schedule that the model runs"
+            )
+        run.calls[slot] += 1
+        return self.fire(run, self.schedule[visits[visit]], bare, args, kwargs)
+
+    def fire(
+        self, run: Run, firing: Firing, bare: Bare, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run one firing: skipped, bare, or by whoever runs firings differently."""
+        if firing.index < run.start:
+            return hidden_states(args, kwargs)
+        if firing.index == run.start and run.residual is not None:
+            args, kwargs = with_hidden_states(run.residual, args, kwargs)
+        if self.cache_slots and kwargs.get("past_key_values") is not None:
+            kwargs = {**kwargs, "past_key_values": self._cache_slot(kwargs["past_key_values"], firing)}
+        if self.executor is None:
+            return bare(*args, **kwargs)
+        return self.executor(run, firing, bare, args, kwargs)
+
+    def wants(self, site: str) -> bool:
+        """Whether the observer would see this site's value in the forward under way."""
+        run = self.run
+        if self.observer is None or run is None or not self.observer.wants(site):
+            return False
+        # What comes before the first firing that runs is computed from a stand-in.
+        return run.residual is None or self.schedule.fired_before(site) > run.start
+
+    def site(self, name: str, value: Tensor) -> Tensor:
+        """Pass a value between blocks to the observer, who may replace it."""
+        return self.observer.see(name, value) if self.observer and self.wants(name) else value
+
+    def _cache_slot(self, cache: Any, firing: Firing) -> CacheSlot:
+        visits = self.schedule.visits[firing.block]
+        if firing.index == visits[0]:
+            return CacheSlot(cache, firing.block, firing.block)
+        later = self._later_slots.get(firing.index, 0)
+        return CacheSlot(cache, len(self.blocks) + later, firing.block)
+
+    @property
+    def _later_slots(self) -> dict[int, int]:
+        known: tuple[Schedule, dict[int, int]] | None = self.__dict__.get("_slot_table")
+        if known is None or known[0] is not self.schedule:
+            first = {visits[0] for visits in self.schedule.visits if visits}
+            later = (firing.index for firing in self.schedule if firing.index not in first)
+            known = (self.schedule, {index: k for k, index in enumerate(later)})
+            self.__dict__["_slot_table"] = known
+        return known[1]
+
+
+class LoopBody(Unroller):
+    """An unroller that also knows what its model's loop means.
+
+    Attributes:
+        block_path: Where transformer-lens finds the blocks, from the model's root.
+        non_additive_because: Why the stream is not the sum of its components, None where it is.
+        fold_unsound_because: Why norms cannot be folded into weights, None where they can.
+    """
+
+    block_path: str
+    non_additive_because: str | None = None
+    fold_unsound_because: str | None = None
+
+    def set_times(self, **times: int) -> None:
+        """Change the numbers of iterations, by loop name."""
+        self.schedule = self.schedule.with_times(**times)
+
+    def require_resumable(self, start: int, prelude_out: Tensor | None) -> dict[str, Any]:
+        """What the model's forward needs besides the residual to begin at the firing ``start``.
+
+        Raises:
+            ValueError: If the residual alone does not determine the rest.
+        """
+        return {}
+
+    @property
+    def initial_state(self) -> Any:
+        """What the state before the first iteration is made from, None where there is no choice."""
+        return None
+
+    def set_initial_state(self, value: Any) -> None:
+        """Choose the state before the first iteration."""
+        warnings.warn(
+            "initial_state is ignored: this model's loop starts from its own input", stacklevel=3
+        )
+
+
+class CacheSlot:
+    """A key-value cache seen by one firing: whatever layer the block asks for, it gets its own.
+
+    The first firing of a block has the slot that the plain model would use; the others follow
+    behind the plain model's slots.
+    """
+
+    def __init__(self, cache: Any, slot: int, like: int) -> None:
+        self._cache, self._slot, self._like = cache, slot, like
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Add keys and values to the firing's slot, as ``transformers.Cache.update``."""
+        layers = self._cache.layers
+        replicates = getattr(self._cache, "layer_class_to_replicate", None) is not None
+        while not replicates and len(layers) <= self._slot:
+            layers.append(_fresh_layer(layers[self._like]))
+        return self._cache.update(keys, values, self._slot, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens in the firing's slot."""
+        return 0 if self._slot >= len(self._cache.layers) else self._cache.get_seq_length(self._slot)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+def _fresh_layer(layer: Any) -> Any:
+    window = getattr(layer, "sliding_window", None)
+    if type(layer).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer"):
+        raise ValueError(
+            f"a looped model needs a cache that can grow by layers, got one of {type(layer).__name__}: "
+            "use transformers.DynamicCache"
+        )
+    return type(layer)() if window is None else type(layer)(sliding_window=window)
+
+
+class _Slot(nn.Module):
+    """Base of the classes that are put over a module's own class."""
+
+    _unroller: Unroller
+    _slot: int
+
+
+class BlockSlot(_Slot):
+    """A physical block whose calls go through the unroller."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._unroller.call(self._slot, super().__call__, args, kwargs)
+
+
+class TrunkSlot(_Slot):
+    """The module whose forward calls the blocks."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._unroller.forward():
+            return super().__call__(*args, **kwargs)
+
+
+def put_slot(module: nn.Module, slot: type[_Slot], unroller: Unroller, index: int) -> None:
+    """Put a slot's class over a module's own. Its parameters, hooks and names stay as they are."""
+    own = type(module)
+    namespace = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    module.__class__ = type(own.__name__, (slot, own), namespace)
+    module.__dict__["_unroller"], module.__dict__["_slot"] = unroller, index
+
+
+def take_slot(module: nn.Module) -> None:
+    """Give a module its own class back."""
+    if not isinstance(module, _Slot):
+        return
+    module.__class__ = next(c for c in type(module).__mro__[1:] if not issubclass(c, _Slot))
+    del module.__dict__["_unroller"], module.__dict__["_slot"]
+
+
+def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The stream that enters a block, however its caller passes it."""
+    if args and isinstance(args[0], Tensor):
+        return args[0]
+    return kwargs["hidden_states"]
+
+
+def with_hidden_states(
+    value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with another stream entering the block."""
+    if args and isinstance(args[0], Tensor):
+        return (value, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": value}
+
+
+def map_output(function: Callable[[Tensor], Tensor], output: Any) -> Any:
+    """Apply a function to the stream that leaves a block, a tensor or the first of a tuple."""
+    if isinstance(output, tuple):
+        return (function(output[0]), *output[1:])
+    return function(output)
+
+
+def output_stream(output: Any) -> Tensor:
+    """The stream that leaves a block."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def common_parent(model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
+    """The innermost module that contains all blocks and has a forward of its own."""
+    names = {id(module): name for name, module in model.named_modules()}
+    missing = [block for block in blocks if id(block) not in names]
+    if missing:
+        raise ValueError(f"{type(missing[0]).__name__} is not a submodule of {type(model).__name__}")
+    paths = [names[id(block)].split(".") for block in blocks]
+    shared: list[str] = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    if len(blocks) == 1:
+        shared = shared[:-1]
+    while shared and isinstance(model.get_submodule(".".join(shared)), nn.ModuleList | nn.ModuleDict):
+        shared.pop()
+    return model.get_submodule(".".join(shared)) if shared else model
