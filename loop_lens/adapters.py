@@ -18,6 +18,7 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
+from loop_lens.attention import LoopedAttentionBridge
 from loop_lens.model.config import LoopedConfig
 
 _NORM_NAMES = {
@@ -75,12 +76,12 @@ class LoopedAdapter(ArchitectureAdapter):
         """Scale logits as the model does."""
         return super().apply_output_logits_transform(logits) * self.logit_scale
 
-    def _attention(self, native: LoopedConfig) -> PositionEmbeddingsAttentionBridge:
+    def _attention(self, native: LoopedConfig) -> LoopedAttentionBridge:
         parts: dict[str, GeneralizedComponent] = {p: LinearBridge(name=f"{p}_proj") for p in "qkvo"}
         if native.qk_norm != "none":
             for p in "qk":
                 parts[f"{p}_norm"] = RMSNormalizationBridge(name=f"{p}_norm", config=self.cfg)
-        return PositionEmbeddingsAttentionBridge(name="self_attn", config=self.cfg, submodules=parts)
+        return LoopedAttentionBridge(name="self_attn", config=self.cfg, submodules=parts)
 
     def _plain_mlp(self) -> MLPBridge:
         parts = {"in": LinearBridge(name="up_proj"), "out": LinearBridge(name="down_proj")}

@@ -91,6 +91,7 @@ class HookedLoopedTransformer(TransformerBridge):
         fixed = {name: point for name, point in listed.items() if not name.startswith("blocks.")}
         self.__dict__["_physical_registry"] = self.__dict__["_hook_registry"]
         blocks = FiringBlocks(self.body.schedule, self._make_block)
+        blocks.training = self.training
         self._modules["blocks"] = blocks
         self.__dict__["_hook_registry"] = HookRegistry(blocks, names, fixed)
         self.cfg.n_layers = len(self.body.schedule)
