@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,24 +42,30 @@ def tied_clone(module: Module) -> Module:
 
     The copies of each submodule share its dictionaries of parameters and buffers, not only the
     tensors in them: whatever replaces a parameter later (a dtype move, a folded norm,
-    ``load_state_dict(assign=True)``) replaces it for all clones at once. Modules that the tree only
-    refers to, and configurations, are shared as they are.
+    ``load_state_dict(assign=True)``) replaces it for all clones at once. Each copy has modules,
+    hooks and plain containers of its own; all else that the tree refers to (configurations,
+    functions, modules outside of it) is shared. Slots are left behind.
     """
     inside = list(module.modules())
-    ids = {id(m) for m in inside}
-    memo: dict[int, Any] = {}
-    for m in inside:
-        for shared in (m._parameters, m._buffers, *m._parameters.values(), *m._buffers.values()):
-            if shared is not None:
-                memo[id(shared)] = shared
-        for key, value in m.__dict__.items():
-            outside = isinstance(value, nn.Module) and id(value) not in ids
-            if outside or key in ("config", "_unroller") or callable(value) and not isinstance(value, nn.Module):
-                memo[id(value)] = value
-    clone = copy.deepcopy(module, memo)
-    for m in clone.modules():
-        take_slot(m)
-    return clone
+    copies: dict[int, Any] = {id(m): _own_class(m).__new__(_own_class(m)) for m in inside}
+    for original in inside:
+        copied = copies[id(original)].__dict__
+        for key, value in original.__dict__.items():
+            if key in ("_parameters", "_buffers"):
+                copied[key] = value
+            elif key not in ("_unroller", "_slot"):
+                copied[key] = _with_copies(value, copies)
+    return copies[id(module)]
+
+
+def _with_copies(value: Any, copies: dict[int, Any]) -> Any:
+    """A value whose containers are new and whose modules are the copies, where there are any."""
+    kind: Any = type(value)
+    if kind is dict or kind is OrderedDict:
+        return kind((key, _with_copies(item, copies)) for key, item in value.items()) if value else kind()
+    if kind is list or kind is tuple or kind is set:
+        return kind(_with_copies(item, copies) for item in value) if value else kind()
+    return copies.get(id(value), value)
 
 
 @dataclass
@@ -335,8 +342,15 @@ def take_slot(module: nn.Module) -> None:
     """Give a module its own class back."""
     if not isinstance(module, _Slot):
         return
-    module.__class__ = next(c for c in type(module).__mro__[1:] if not issubclass(c, _Slot))
+    module.__class__ = _own_class(module)
     del module.__dict__["_unroller"], module.__dict__["_slot"]
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class without a slot over it."""
+    if not isinstance(module, _Slot):
+        return type(module)
+    return next(c for c in type(module).__mro__[1:] if not issubclass(c, _Slot))
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
