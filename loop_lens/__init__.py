@@ -7,6 +7,7 @@ from loop_lens.families import UnknownFamilyError
 from loop_lens.families.weights import WeightsError
 from loop_lens.model import LoopedConfig, LoopedTransformer
 from loop_lens.opening import boot, loopify, wrap
+from loop_lens.registration import register
 from loop_lens.schedule import Blocks, Boundary, Firing, Loop, Schedule, Sequence, UnknownNameError
 from loop_lens.unroll import LoopBody, Unroller, tied_clone
 
@@ -32,6 +33,7 @@ __all__ = [
     "WeightsError",
     "boot",
     "loopify",
+    "register",
     "tied_clone",
     "wrap",
 ]

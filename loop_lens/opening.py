@@ -71,7 +71,7 @@ def boot(
         WeightsError: If its weights do not fit its config.
         UnsafeCheckpointError: If its weights are pickled.
     """
-    folder = _resolve(model_name, revision)
+    folder = resolve_checkpoint(model_name, revision)
     config = read_config(folder)
     kind = config.get("model_type")
     source = str(model_name)
@@ -276,7 +276,12 @@ def _is_default_state(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value == 0
 
 
-def _resolve(model_name: str | Path, revision: str | None) -> Path:
+def resolve_checkpoint(model_name: str | Path, revision: str | None) -> Path:
+    """The local folder of a checkpoint, fetched from the hub if need be (no code, no pickles).
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
     name = str(model_name)
     if name.startswith(SHIPPED_PREFIX):
         raise FileNotFoundError(f"{name}: this version ships no models of its own")
