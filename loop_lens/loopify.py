@@ -85,7 +85,7 @@ class WindowBody(LoopBody):
     def __init__(
         self, model: nn.Module, blocks: Sequence[nn.Module], block_path: str, window: Window
     ) -> None:
-        self.window, self.block_path = window, block_path
+        self.span, self.block_path = window, block_path
         size = window.last - window.first + 1
         schedule = Schedule(
             Tree(
@@ -102,7 +102,7 @@ class WindowBody(LoopBody):
     @property
     def saved_as(self) -> dict[str, Any]:
         """What a saved config must hold to loop the same layers again."""
-        w = self.window
+        w = self.span
         return {
             "layers": [w.first, w.last],
             "times": self.schedule.loops["loop"].times,
@@ -113,7 +113,7 @@ class WindowBody(LoopBody):
     def require_resumable(self, start: int, prelude_out: Tensor | None) -> dict[str, Any]:
         """The damped rules need states that a residual inside the loop does not contain."""
         firing = self.schedule[start]
-        rule, inside = self.window.rule, firing.segment == "loop" and start > self.window.first
+        rule, inside = self.span.rule, firing.segment == "loop" and start > self.span.first
         if inside and (
             rule in ("residual_scaled", "input_anchor") or (rule != "naive" and firing.layer > 0)
         ):
@@ -126,11 +126,11 @@ class WindowBody(LoopBody):
     def call(self, slot: int, bare: Bare, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the next firing; from the window's last block, all further iterations."""
         run = self.run
-        if run is None or not self.window.first <= slot <= self.window.last:
+        if run is None or not self.span.first <= slot <= self.span.last:
             return super().call(slot, bare, args, kwargs)
-        if slot == self.window.first:
+        if slot == self.span.first:
             x = hidden_states(args, kwargs)
-            if self.window.first:
+            if self.span.first:
                 x = self.site("hook_prelude_out", x)
             x = self.site("hook_initial_state", x)
             run.notes["anchor"] = self._kept(x)
@@ -138,7 +138,7 @@ class WindowBody(LoopBody):
             args, kwargs = with_hidden_states(self._enter(run, 0, x), args, kwargs)
         run.notes["calls"].append((bare, args, kwargs))
         out = self.fire(run, self.schedule[slot], bare, args, kwargs)
-        if slot < self.window.last:
+        if slot < self.span.last:
             return out
         state = self._leave(run, 0, output_stream(out))
         for t in range(1, self.schedule.loops["loop"].times):
@@ -150,13 +150,13 @@ class WindowBody(LoopBody):
         calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = run.notes["calls"]
         for layer, (bare, args, kwargs) in enumerate(calls):
             args, kwargs = with_hidden_states(stream, args, kwargs)
-            firing = self.schedule[self.window.first + t * len(calls) + layer]
+            firing = self.schedule[self.span.first + t * len(calls) + layer]
             stream = output_stream(self.fire(run, firing, bare, args, kwargs))
         return self._leave(run, t, stream)
 
     def _enter(self, run: Run, t: int, state: Tensor) -> Tensor:
         state = self.site(f"loop.{t}.hook_state_in", state)
-        first = self.window.first + t * (self.window.last - self.window.first + 1)
+        first = self.span.first + t * (self.span.last - self.span.first + 1)
         resumed = run.residual is not None and run.start == first
         run.notes["state"] = self._kept(run.residual if resumed else state)  # type: ignore[arg-type]
         if resumed and t == 0:
@@ -165,10 +165,10 @@ class WindowBody(LoopBody):
 
     def _kept(self, x: Tensor) -> Tensor:
         """A state that a rule needs later: a copy, since hooks may write in place."""
-        return x if self.window.rule == "naive" else x.clone()
+        return x if self.span.rule == "naive" else x.clone()
 
     def _leave(self, run: Run, t: int, out: Tensor) -> Tensor:
-        rule, alpha, times = self.window.rule, self.window.alpha or 0.0, self.schedule.loops["loop"].times
+        rule, alpha, times = self.span.rule, self.span.alpha or 0.0, self.schedule.loops["loop"].times
         state, anchor = run.notes["state"], run.notes["anchor"]
         if rule == "residual_scaled" and t == times - 1:
             out = anchor + (out - anchor) / times

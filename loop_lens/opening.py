@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, HrmTextForCausalLM, PreTrainedTokenizerFast
-from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+from transformer_lens.factories.architecture_adapter_factory import (
+    SUPPORTED_ARCHITECTURES,
+    ArchitectureAdapterFactory,
+)
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.generalized_components import BlockBridge
 from transformer_lens.model_bridge.sources._bridge_builder import (
@@ -199,7 +202,9 @@ def loopify(
     if config is None:
         raise ValueError(f"{type(model).__name__} has no config: loopify takes a transformers causal LM")
     name = model_name or getattr(config, "_name_or_path", "") or "external"
-    architecture = determine_architecture_from_hf_config(config)
+    architecture = type(model).__name__
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        architecture = determine_architecture_from_hf_config(config)
     cfg = build_bridge_config_from_hf(config, architecture, name, _dtype(model))
     adapter = ArchitectureAdapterFactory.select_architecture_adapter(cfg)
     template = (adapter.component_mapping or {}).get("blocks")

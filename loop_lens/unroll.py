@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
+from transformers import Cache
 
 from loop_lens.schedule import Firing, Schedule
 
@@ -199,8 +200,10 @@ class Unroller:
             return hidden_states(args, kwargs)
         if firing.index == run.start and run.residual is not None:
             args, kwargs = with_hidden_states(run.residual, args, kwargs)
-        if self.cache_slots and kwargs.get("past_key_values") is not None:
-            kwargs = {**kwargs, "past_key_values": self._cache_slot(kwargs["past_key_values"], firing)}
+        if self.cache_slots:
+            # Architectures pass the cache under different names, some by position.
+            args = tuple(self._slotted(value, firing) for value in args)
+            kwargs = {key: self._slotted(value, firing) for key, value in kwargs.items()}
         if self.executor is None:
             return bare(*args, **kwargs)
         return self.executor(run, firing, bare, args, kwargs)
@@ -217,7 +220,10 @@ class Unroller:
         """Pass a value between blocks to the observer, who may replace it."""
         return self.observer.see(name, value) if self.observer and self.wants(name) else value
 
-    def _cache_slot(self, cache: Any, firing: Firing) -> CacheSlot:
+    def _slotted(self, value: Any, firing: Firing) -> Any:
+        return self._cache_slot(value, firing) if isinstance(value, Cache) else value
+
+    def _cache_slot(self, cache: Cache, firing: Firing) -> CacheSlot:
         visits = self.schedule.visits[firing.block]
         if firing.index == visits[0]:
             return CacheSlot(cache, firing.block, firing.block)
