@@ -347,6 +347,14 @@ class HookedLoopedTransformer(TransformerBridge):
                 return name
             raise
 
+    def canonical_name(self, name: str) -> str:
+        """The one name, among a hook point's aliases, that the hook point itself goes by.
+
+        Raises:
+            KeyError: If there is no such hook.
+        """
+        return self.registry.canonical(name)
+
     # ---- hooks ----
 
     @property
@@ -496,7 +504,7 @@ class HookedLoopedTransformer(TransformerBridge):
         by_point: dict[str, list[str]] = {}
         gated: list[str] = []
         for name in wanted:
-            canonical = self._canonical(name)
+            canonical = self.canonical_name(name)
             if self._gated_hook_reason(canonical) is None:
                 by_point.setdefault(canonical, []).append(name)
             else:
@@ -524,9 +532,11 @@ class HookedLoopedTransformer(TransformerBridge):
     ) -> Any:
         tensors = cache.cache_dict
         for name, others in first.items():
+            # Under its canonical name too: that is the name that a hook function sees.
             for suffix in ("", "_grad"):
                 if name + suffix in tensors:
-                    tensors.update((other + suffix, tensors[name + suffix]) for other in others)
+                    also = (*others, self.canonical_name(name))
+                    tensors.update((other + suffix, tensors[name + suffix]) for other in also)
         if wrap:
             return LoopCache(tensors, self, has_batch_dim=cache.has_batch_dim)
         asked = [names_filter] if isinstance(names_filter, str) else names_filter
@@ -542,14 +552,6 @@ class HookedLoopedTransformer(TransformerBridge):
         if callable(names_filter):
             return self._matching(names_filter)
         return [self.registry.flat(name) for name in names_filter]
-
-    def _canonical(self, flat: str) -> str:
-        if flat in self.registry.fixed:
-            return self.registry.fixed[flat].name or flat
-        place, hook = self.schedule.locate(flat)
-        if isinstance(place, Boundary):
-            return flat
-        return f"blocks.{place.index}.{self.registry.names[place.block].canonical[hook]}"
 
     def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Caching hooks without adding them, as in transformer-lens; names in either spelling."""

@@ -30,16 +30,20 @@ class LoopCache(ActivationCache):
     model: HookedLoopedTransformer
 
     def __getitem__(self, key: Any) -> Tensor:
-        if isinstance(key, str) and key not in self.cache_dict:
-            flat = self.model.flat_name(key, missing_ok=True)
-            if flat in self.cache_dict:
-                return self.cache_dict[flat]
-        return super().__getitem__(key)
+        return super().__getitem__(self._stored(key))
 
     def __contains__(self, key: object) -> bool:
-        return key in self.cache_dict or (
-            isinstance(key, str) and self.model.flat_name(key, missing_ok=True) in self.cache_dict
-        )
+        return self._stored(key) in self.cache_dict
+
+    def _stored(self, key: Any) -> Any:
+        """The name under which the cache holds what a key asks for, the key itself if it holds none."""
+        if not isinstance(key, str) or key in self.cache_dict:
+            return key
+        base, grad = (key[:-5], "_grad") if key.endswith("_grad") else (key, "")
+        if base not in self.model.hook_dict:
+            return key
+        spellings = (self.model.flat_name(base), self.model.canonical_name(base))
+        return next((n + grad for n in spellings if n + grad in self.cache_dict), key)
 
     def over_iterations(
         self, name: str, *, layer: int | None = None, segment: str | None = None

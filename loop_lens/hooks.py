@@ -167,6 +167,19 @@ class HookRegistry(MutableMapping[str, HookPoint]):
         place, hook = self.locate(name)
         return f"blocks.{place.index}.{hook}" if isinstance(place, Firing) else name
 
+    def canonical(self, name: str) -> str:
+        """The name that a hook point goes by, from any of its names.
+
+        Raises:
+            UnknownNameError: If there is no such hook.
+        """
+        if name in self.fixed:
+            return self.fixed[name].name or name
+        place, hook = self.locate(name)
+        if isinstance(place, Boundary):
+            return name
+        return f"blocks.{place.index}.{self.names[place.block].canonical[hook]}"
+
     def spellings(self) -> Iterator[tuple[str, str]]:
         """Every listed name with its other spelling (itself, where it has one only)."""
         for name in self.fixed:

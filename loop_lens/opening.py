@@ -15,12 +15,13 @@ from transformer_lens.factories.architecture_adapter_factory import (
     ArchitectureAdapterFactory,
 )
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
-from transformer_lens.model_bridge.generalized_components import BlockBridge
+from transformer_lens.model_bridge.generalized_components import AttentionBridge, BlockBridge
 from transformer_lens.model_bridge.sources._bridge_builder import (
     build_bridge_config_from_hf,
     configure_tokenizer,
 )
 from transformer_lens.model_bridge.sources._hf_format import determine_architecture_from_hf_config
+from transformer_lens.utilities.attn_implementation import force_eager_attention
 
 from loop_lens.adapters import HrmTextLoopedAdapter, LoopedAdapter
 from loop_lens.bridge import HookedLoopedTransformer
@@ -220,8 +221,13 @@ def loopify(
     body = WindowBody(model, blocks, template.name, window)
     if not getattr(adapter, "supports_fold_ln", True):
         body.fold_unsound_because = f"transformer-lens does not fold the norms of {architecture}"
-    # With attentions asked for, transformers would leave SDPA for eager in every block.
-    adapter.supports_hf_output_attentions = False
+    attention = template.submodules.get("attn")
+    if attention is not None and type(attention).forward is AttentionBridge.forward:
+        # This bridge shows the pattern that the module returns, and only eager attention returns one.
+        force_eager_attention(model)
+    else:
+        # With attentions asked for, transformers would leave SDPA for eager in every block.
+        adapter.supports_hf_output_attentions = False
     adapter.cfg.device = str(next(model.parameters()).device)
     return _open(model, adapter, tokenizer, body)
 

@@ -1,0 +1,62 @@
+"""One head's attention pattern at every iteration, as a page that needs no network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import circuitsvis.attention as cv
+from jaxtyping import Float
+from torch import Tensor
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<style>body{{font-family:system-ui,sans-serif;margin:2rem auto;max-width:70rem}}</style></head>
+<body><h1>{title}</h1><p>{text}</p>{figure}</body></html>
+"""
+
+
+def attention_page(
+    patterns: Float[Tensor, "iteration query key"],
+    tokens: Sequence[str],
+    path: str | Path,
+    *,
+    title: str = "Attention by iteration",
+    text: str = "",
+    names: Sequence[str] | None = None,
+) -> Path:
+    """Write a page with one attention pattern per iteration, drawn by circuitsvis.
+
+    Args:
+        patterns: Attention of one head at each iteration.
+        tokens: The tokens as strings, one per position.
+        path: Where to write the page.
+        title: The page's title.
+        text: A sentence below it.
+        names: What to call each pattern; the iterations by default.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If the patterns hold NaN, or their size is not the number of tokens (circuitsvis
+            would draw both without a word).
+    """
+    n = len(tokens)
+    if patterns.ndim != 3 or patterns.shape[1:] != (n, n):
+        raise ValueError(
+            f"patterns have shape {tuple(patterns.shape)}, but {n} tokens need [iteration {n} {n}]"
+        )
+    if patterns.isnan().any():
+        bad = patterns.isnan().any(dim=(1, 2)).nonzero()[0].item()
+        raise ValueError(f"the pattern of iteration {bad} holds NaN: the forward that made it diverged")
+    names = list(names) if names is not None else [f"iteration {t}" for t in range(len(patterns))]
+    if len(names) != len(patterns):
+        raise ValueError(f"{len(names)} names for {len(patterns)} patterns")
+    figure = cv.attention_heads(
+        attention=patterns.detach().float().cpu(), tokens=list(tokens), attention_head_names=names
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_PAGE.format(title=title, text=text, figure=figure.local_src), encoding="utf-8")
+    return path
