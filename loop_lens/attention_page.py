@@ -11,7 +11,7 @@ from torch import Tensor
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<style>body{{font-family:system-ui,sans-serif;margin:2rem auto;max-width:70rem}}</style></head>
+<style>body{{font-family:system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem}}</style></head>
 <body><h1>{title}</h1><p>{text}</p>{figure}</body></html>
 """
 
@@ -50,7 +50,7 @@ def attention_page(
     if patterns.isnan().any():
         bad = patterns.isnan().any(dim=(1, 2)).nonzero()[0].item()
         raise ValueError(f"the pattern of iteration {bad} holds NaN: the forward that made it diverged")
-    names = list(names) if names is not None else [f"iteration {t}" for t in range(len(patterns))]
+    names = list(names) if names is not None else [f"t={t}" for t in range(len(patterns))]
     if len(names) != len(patterns):
         raise ValueError(f"{len(names)} names for {len(patterns)} patterns")
     figure = cv.attention_heads(
