@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -502,17 +503,14 @@ class HookedLoopedTransformer(TransformerBridge):
         chosen = self._chosen(names_filter)
         wanted = [name for name in dict.fromkeys(chosen) if self._runs(name, *bounds)]
         by_point: dict[str, list[str]] = {}
-        gated: list[str] = []
         for name in wanted:
-            canonical = self.canonical_name(name)
-            if self._gated_hook_reason(canonical) is None:
-                by_point.setdefault(canonical, []).append(name)
-            else:
-                gated.append(name)
+            by_point.setdefault(self.canonical_name(name), []).append(name)
+        gated = [name for name in by_point if self._gated_hook_reason(name) is not None]
         if names_filter is not None:
             self._warn_gated_skipped("run_with_cache", gated)
-        first = {names[0]: names[1:] for names in by_point.values()}
-        seen = list(first)
+        for name in gated:
+            del by_point[name]
+        seen = list(by_point)
         if bounds[1] is not None and bounds[1] < len(self.schedule):
             seen.append(f"blocks.{bounds[1]}.hook_in")
         with self._scoped(seen):
@@ -520,23 +518,34 @@ class HookedLoopedTransformer(TransformerBridge):
                 input,
                 True,
                 remove_batch_dim,
-                names_filter=first.__contains__,
+                names_filter=by_point.__contains__,
                 stop_at_layer=stop_at_layer,
                 start_at_layer=start_at_layer,
                 **kwargs,
             )
-        return output, self._looped_cache(cache, first, names_filter, return_cache_object)
+        if isinstance(names_filter, str | list | tuple):
+            self._warn_unfired(name for name in by_point if name not in cache.cache_dict)
+        return output, self._looped_cache(cache, by_point, names_filter, return_cache_object)
+
+    def _warn_unfired(self, names: Iterable[str]) -> None:
+        unfired = list(names)
+        if unfired:
+            warnings.warn(
+                f"{len(unfired)} hook point(s) did not fire in this forward and are not in the cache: "
+                f"{', '.join(unfired[:3])}. This architecture's attention or MLP does not pass through them.",
+                stacklevel=3,
+            )
 
     def _looped_cache(
-        self, cache: ActivationCache, first: dict[str, list[str]], names_filter: Any, wrap: bool
+        self, cache: ActivationCache, by_point: dict[str, list[str]], names_filter: Any, wrap: bool
     ) -> Any:
         tensors = cache.cache_dict
-        for name, others in first.items():
-            # Under its canonical name too: that is the name that a hook function sees.
+        # What is cached once, under the name that hook functions see, is found under all its names.
+        for canonical, names in by_point.items():
             for suffix in ("", "_grad"):
-                if name + suffix in tensors:
-                    also = (*others, self.canonical_name(name))
-                    tensors.update((other + suffix, tensors[name + suffix]) for other in also)
+                if canonical + suffix in tensors:
+                    tensor = tensors[canonical + suffix]
+                    tensors.update((name + suffix, tensor) for name in names)
         if wrap:
             return LoopCache(tensors, self, has_batch_dim=cache.has_batch_dim)
         asked = [names_filter] if isinstance(names_filter, str) else names_filter

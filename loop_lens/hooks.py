@@ -23,12 +23,14 @@ class OpenBlock:
         ends: The hook dictionaries of its input and output.
         inside: Those of everything else within.
         baseline: Dictionaries that are never empty, with their size when nobody hooked anything.
+        points: The hook points looked up so far, by their names within the block.
     """
 
     bridge: Any
     ends: list[Mapping[Any, Any]] = field(init=False)
     inside: list[Mapping[Any, Any]] = field(init=False)
     baseline: list[tuple[Mapping[Any, Any], int]] = field(init=False)
+    points: dict[str, HookPoint] = field(init=False, default_factory=dict[str, HookPoint])
 
     def __post_init__(self) -> None:
         ends = (self.bridge.hook_in, self.bridge.hook_out)
@@ -37,6 +39,12 @@ class OpenBlock:
         tables = [t for m in self.bridge.modules() for t in _hook_tables(m) if id(t) not in ids]
         self.inside = [table for table in tables if not table]
         self.baseline = [(table, len(table)) for table in tables if table]
+
+    def point(self, hook: str) -> HookPoint:
+        """The hook point of this name within the block."""
+        if hook not in self.points:
+            self.points[hook] = hook_point(self.bridge, hook)
+        return self.points[hook]
 
     @property
     def hooked_inside(self) -> bool:
@@ -134,6 +142,7 @@ class HookRegistry(MutableMapping[str, HookPoint]):
     ) -> None:
         self.blocks, self.names, self.fixed = blocks, names, fixed
         self.sites: dict[str, HookPoint] = {}
+        self._located: tuple[Schedule, dict[str, Location]] = (blocks.schedule, {})
 
     @property
     def schedule(self) -> Schedule:
@@ -146,6 +155,15 @@ class HookRegistry(MutableMapping[str, HookPoint]):
         Raises:
             UnknownNameError: If there is no such hook; says what there is.
         """
+        schedule, located = self._located
+        if schedule is not self.schedule:
+            located = {}
+            self._located = (self.schedule, located)
+        if name not in located:
+            located[name] = self._locate(name)
+        return located[name]
+
+    def _locate(self, name: str) -> Location:
         location = self.schedule.locate(name)
         if isinstance(location.place, Firing):
             known = self.names[location.place.block].canonical
@@ -196,7 +214,7 @@ class HookRegistry(MutableMapping[str, HookPoint]):
         place, hook = self.locate(name)
         if isinstance(place, Boundary):
             return self._site(name)
-        return hook_point(self.blocks.open(place).bridge, hook)
+        return self.blocks.open(place).point(hook)
 
     def _site(self, name: str) -> HookPoint:
         if name not in self.sites:
