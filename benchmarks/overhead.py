@@ -164,7 +164,9 @@ def measure(rows: dict[str, Row | None], base: dict[str, str], rounds: int) -> d
     }
 
 
-def compare(title: str, pair: tuple[nn.Module, nn.Module, LlamaForCausalLM, Tensor], loop: Any, rounds: int) -> None:
+def compare(
+    title: str, pair: tuple[nn.Module, nn.Module, LlamaForCausalLM, Tensor], loop: Any, rounds: int
+) -> None:
     """Print one table of ratios."""
     bare, model, untied, tokens = pair
     looped = loop(model)

@@ -54,7 +54,7 @@ class LoopedAdapter(ArchitectureAdapter):
         super().__init__(cfg)
         self._set_rms_rotary_defaults(gated=native.gated_mlp)
         if native.qk_norm == "head_after_rope":
-            setattr(self.cfg, "qk_norm_after_rope", True)
+            self.cfg.qk_norm_after_rope = True
         self.logit_scale = native.logit_scale
         self.supports_fold_ln = native.block_norm == "pre"
         self.weight_processing_conversions = {**self._qkvo_weight_conversions()}
@@ -84,7 +84,10 @@ class LoopedAdapter(ArchitectureAdapter):
         return LoopedAttentionBridge(name="self_attn", config=self.cfg, submodules=parts)
 
     def _plain_mlp(self) -> MLPBridge:
-        parts = {"in": LinearBridge(name="up_proj"), "out": LinearBridge(name="down_proj")}
+        parts: dict[str, GeneralizedComponent] = {
+            "in": LinearBridge(name="up_proj"),
+            "out": LinearBridge(name="down_proj"),
+        }
         return MLPBridge(name="mlp", config=self.cfg, submodules=parts)
 
 

@@ -47,7 +47,7 @@ class LoopedAttentionBridge(PositionEmbeddingsAttentionBridge):
             q, k = self.hook_q_normed(self.q_norm(q)), self.hook_k_normed(self.k_norm(k))
         k, v = self._update_kv_cache(k, v, **kwargs)
         seen, pattern, kept = self._seen(q, k, v, mask, attn)
-        out = seen
+        out: Any = seen
         if kept:
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(
                 attn.config._attn_implementation, eager_attention_forward

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -36,7 +36,7 @@ NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
 Select = int | slice | Iterable[int] | None
 # By model, since a hook may run another one.
-_SCOPES: ContextVar[dict[int, dict[str, HookPoint]]] = ContextVar("hook points in scope", default={})
+_SCOPES: ContextVar[dict[int, dict[str, HookPoint]] | None] = ContextVar("hook points in scope", default=None)
 
 
 class HookedLoopedTransformer(TransformerBridge):
@@ -104,7 +104,7 @@ class HookedLoopedTransformer(TransformerBridge):
         self.__dict__["_physical"] = False
 
     @contextmanager
-    def _physical_view(self) -> Iterator[None]:
+    def _physical_view(self) -> Generator[None, None, None]:
         """Look like an ordinary bridge over the physical blocks, for what processes weights."""
         prototypes: nn.ModuleList = self.__dict__["_prototypes"]
         root = _Holder(self.original_model, self.body.block_path)
@@ -218,7 +218,9 @@ class HookedLoopedTransformer(TransformerBridge):
         self.cfg.n_layers = len(self.schedule)
 
     @contextmanager
-    def at_recurrences(self, recurrences: int | None = None, **times: int) -> Iterator[HookedLoopedTransformer]:
+    def at_recurrences(
+        self, recurrences: int | None = None, **times: int
+    ) -> Generator[HookedLoopedTransformer, None, None]:
         """Other numbers of iterations within a context, see `set_recurrences`."""
         before = {name: loop.times for name, loop in self.schedule.loops.items()}
         self.set_recurrences(recurrences, **times)
@@ -230,7 +232,8 @@ class HookedLoopedTransformer(TransformerBridge):
     @property
     def initial_state(self) -> Any:
         """What the state before the first iteration is made from: a seed, ``"zeros"`` or a tensor
-        [batch pos d_model]; None where the model leaves no choice."""
+        [batch pos d_model]; None where the model leaves no choice.
+        """
         return self.body.initial_state
 
     @initial_state.setter
@@ -275,7 +278,11 @@ class HookedLoopedTransformer(TransformerBridge):
             return own
         for boundary in self.schedule.boundaries:
             name = f"{boundary.prefix}.{own}"
-            if boundary.segment == segment and boundary.iteration == iteration and name in self.schedule.sites:
+            if (
+                boundary.segment == segment
+                and boundary.iteration == iteration
+                and name in self.schedule.sites
+            ):
                 return name
         raise UnknownNameError(
             f"{hook!r} of {segment!r}, iteration {iteration}, does not exist as a site between blocks "
@@ -322,9 +329,7 @@ class HookedLoopedTransformer(TransformerBridge):
         wanted = [chosen] if isinstance(chosen, int | tuple) else list(chosen)
         missing = [item for item in wanted if item not in every]
         if missing:
-            raise UnknownNameError(
-                f"{what} {missing[0]} does not exist: there are {every[0]} to {every[-1]}"
-            )
+            raise UnknownNameError(f"{what} {missing[0]} does not exist: there are {every[0]} to {every[-1]}")
         return wanted
 
     def locate(self, name: str) -> Location:
@@ -363,7 +368,7 @@ class HookedLoopedTransformer(TransformerBridge):
         """Hook points by name. Lists flat names and sites between blocks, finds loop names too."""
         if self.__dict__["_physical"]:
             return super().hook_dict
-        return _SCOPES.get().get(id(self), self.registry)
+        return (_SCOPES.get() or {}).get(id(self), self.registry)
 
     @property
     def mod_dict(self) -> dict[str, Any]:
@@ -380,13 +385,10 @@ class HookedLoopedTransformer(TransformerBridge):
         """The hook point of this name in either spelling, or None."""
         return self.hook_dict.get(hook_name)
 
-    def add_hook(
-        self, name: Any, hook_fn: Any, dir: Any = "fwd", is_permanent: bool = False
-    ) -> None:
+    def add_hook(self, name: Any, hook_fn: Any, dir: Any = "fwd", is_permanent: bool = False) -> None:
         """Add a hook by name, in either spelling, or to all names that a predicate accepts."""
         if isinstance(name, str):
-            name = self.registry.flat(name)
-            super().add_hook(self.registry[name].name, hook_fn, dir, is_permanent)
+            super().add_hook(self.canonical_name(name), hook_fn, dir, is_permanent)
             return
         accepted = self._matching(name)
         with self._scoped(accepted):
@@ -396,14 +398,14 @@ class HookedLoopedTransformer(TransformerBridge):
         return [flat for flat, looped in self.registry.spellings() if accepts(flat) or accepts(looped)]
 
     @contextmanager
-    def _scoped(self, names: Iterable[str]) -> Iterator[None]:
+    def _scoped(self, names: Iterable[str]) -> Generator[None, None, None]:
         """Let transformer-lens see these hook points alone: it walks all that it sees."""
         scope: dict[str, HookPoint] = {}
         for name in names:
             point = self.registry[name]
             scope[name] = point
             scope.setdefault(point.name or name, point)
-        token = _SCOPES.set({**_SCOPES.get(), id(self): scope})
+        token = _SCOPES.set({**(_SCOPES.get() or {}), id(self): scope})
         try:
             yield
         finally:
@@ -430,7 +432,7 @@ class HookedLoopedTransformer(TransformerBridge):
         bwd_hooks: Any = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
-    ) -> Iterator[HookedLoopedTransformer]:
+    ) -> Generator[HookedLoopedTransformer, None, None]:
         """Temporary hooks, as in transformer-lens; names in either spelling."""
         forward, touched = self._resolve(fwd_hooks)
         backward, also = self._resolve(bwd_hooks)

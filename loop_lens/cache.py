@@ -47,7 +47,7 @@ class LoopCache(ActivationCache):
 
     def over_iterations(
         self, name: str, *, layer: int | None = None, segment: str | None = None
-    ) -> Float[Tensor, "iteration *activation"]:
+    ) -> Float[Tensor, iteration * activation]:
         """One site at every iteration of its loop.
 
         Args:
@@ -64,9 +64,7 @@ class LoopCache(ActivationCache):
         """
         return torch.stack(self._require(self.model.names(name, layer=layer, segment=self._loop(segment))))
 
-    def grid(
-        self, name: str, *, segment: str | None = None
-    ) -> Float[Tensor, "iteration layer *activation"]:
+    def grid(self, name: str, *, segment: str | None = None) -> Float[Tensor, "iteration layer ..."]:
         """One hook at every iteration and layer of a loop.
 
         Args:

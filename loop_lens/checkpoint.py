@@ -124,13 +124,11 @@ def build_native(
 def published_state(model: HookedLoopedTransformer, *, keep_vars: bool = False) -> dict[str, Tensor]:
     """A model's weights under the names of its checkpoint."""
     native = model.native_state(keep_vars=keep_vars)
-    config = model.original_model.config
+    config: Any = model.original_model.config
     family = family_of(config) if isinstance(config, LoopedConfig) else None
     if family is None:
         return native
     published = {**to_published(native, family.entries(config)), **family.derived(config)}
-    if not (config.published or {}).get("holds_derived", True):
-        published = {k: v for k, v in published.items() if k not in family.derived(config)}
     return published
 
 
@@ -143,7 +141,7 @@ def load_state(
         WeightsError: If ``strict`` and the names or shapes do not fit; nothing is loaded then.
     """
     native = model.native_state(keep_vars=True)
-    config = model.original_model.config
+    config: Any = model.original_model.config
     family = family_of(config) if isinstance(config, LoopedConfig) else None
     given = dict(state)
     if family is not None and not set(given) <= set(native):
@@ -185,7 +183,7 @@ def _retie(model: nn.Module) -> None:
 def save(model: HookedLoopedTransformer, folder: Path) -> None:
     """Write a folder that ``loop_lens.boot`` opens again."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = copy.deepcopy(model.original_model.config)
+    config: Any = copy.deepcopy(model.original_model.config)
     config.architectures = [type(model.original_model).__name__]
     loop = getattr(model.body, "saved_as", None)
     if loop is not None:

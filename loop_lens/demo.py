@@ -7,7 +7,7 @@ the residual stream of another prompt, and one head's attention at each iteratio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -45,7 +45,8 @@ def patch_grid(
     model: HookedLoopedTransformer, tokens: Tensor, other: LoopCache, answers: tuple[int, int], position: int
 ) -> Tensor:
     """Change of the logit difference [iteration layer] when one firing's output at one position is
-    replaced by that of another run."""
+    replaced by that of another run.
+    """
 
     def difference(logits: Tensor) -> float:
         return (logits[0, -1, answers[0]] - logits[0, -1, answers[1]]).item()
@@ -58,9 +59,7 @@ def patch_grid(
     layers = range(model.schedule.segments["loop"])
     changes = [
         difference(
-            model.run_with_hooks(
-                tokens, fwd_hooks=[(model.name("resid_post", iteration=t, layer=i), patch)]
-            )
+            model.run_with_hooks(tokens, fwd_hooks=[(model.name("resid_post", iteration=t, layer=i), patch)])
         )
         - clean
         for t in tqdm(range(model.recurrences), desc="patching", leave=False)
@@ -100,7 +99,11 @@ def main(
     torch.manual_seed(0)
     torch_model, tokenizer = load_smollm2()
     model = loopify(
-        torch_model, layers=range(first, last + 1), times=times, tokenizer=tokenizer, model_name="SmolLM2-135M"
+        torch_model,
+        layers=range(first, last + 1),
+        times=times,
+        tokenizer=tokenizer,
+        model_name="SmolLM2-135M",
     )
     model.cfg.default_prepend_bos = False  # its prompts begin without one
     say(f"\n{model}\n")
@@ -117,7 +120,7 @@ def _report(
     out: Path,
 ) -> None:
     say = typer.echo
-    words: Sequence[str] = model.to_str_tokens(prompt)
+    words = [str(word) for word in model.to_str_tokens(prompt)]
     tokens, others = model.to_tokens(prompt), model.to_tokens(other)
     if tokens.shape != others.shape:
         raise typer.BadParameter(f"{prompt!r} and {other!r} have different numbers of tokens")
@@ -130,11 +133,15 @@ def _report(
     say("  iteration   cosine    rank  top tokens")
     for row in lens_rows(model, cache, right):
         say(row)
-    say(f"     output        -  {int((logits[0, -1] > logits[0, -1, right]).sum()):>6}  "
-        f"{top_tokens(model, logits[0, -1])}")
+    say(
+        f"     output        -  {int((logits[0, -1] > logits[0, -1, right]).sum()):>6}  "
+        f"{top_tokens(model, logits[0, -1])}"
+    )
 
     difference = (logits[0, -1, right] - logits[0, -1, wrong]).item()
-    say(f"\n2. The logit difference {answers[0]!r} - {answers[1]!r} is {difference:+.2f}. How it changes when one")
+    say(
+        f"\n2. The logit difference {answers[0]!r} - {answers[1]!r} is {difference:+.2f}. How it changes when one"
+    )
     say(f"   (iteration, layer) gets the residual stream of {other!r} ...\n")
     differs = (tokens != others)[0].nonzero().flatten().tolist() or [0]
     for position in (differs[0], tokens.shape[1] - 1):

@@ -85,7 +85,8 @@ class FiringBlocks(nn.ModuleList):
         """The bridge of a firing."""
         block = self.opened.get(firing.prefix)
         if block is None:
-            block = self.opened[firing.prefix] = OpenBlock(self._materialize(firing))
+            materialize: Materialize = self.__dict__["_materialize"]
+            block = self.opened[firing.prefix] = OpenBlock(materialize(firing))
         return block
 
     def reschedule(self, schedule: Schedule) -> list[tuple[Firing, nn.Module]]:
@@ -137,9 +138,7 @@ class HookRegistry(MutableMapping[str, HookPoint]):
         fixed: Hook points outside the blocks.
     """
 
-    def __init__(
-        self, blocks: FiringBlocks, names: list[BlockNames], fixed: dict[str, HookPoint]
-    ) -> None:
+    def __init__(self, blocks: FiringBlocks, names: list[BlockNames], fixed: dict[str, HookPoint]) -> None:
         self.blocks, self.names, self.fixed = blocks, names, fixed
         self.sites: dict[str, HookPoint] = {}
         self._located: tuple[Schedule, dict[str, Location]] = (blocks.schedule, {})

@@ -51,9 +51,7 @@ class Window:
     alpha: float | None = None
 
     @classmethod
-    def of(
-        cls, layers: Sequence[int], times: int, rule: str, alpha: float | None, n_layers: int
-    ) -> Window:
+    def of(cls, layers: Sequence[int], times: int, rule: str, alpha: float | None, n_layers: int) -> Window:
         """Check a request against a model.
 
         Raises:
@@ -114,9 +112,7 @@ class WindowBody(LoopBody):
         """The damped rules need states that a residual inside the loop does not contain."""
         firing = self.schedule[start]
         rule, inside = self.span.rule, firing.segment == "loop" and start > self.span.first
-        if inside and (
-            rule in ("residual_scaled", "input_anchor") or (rule != "naive" and firing.layer > 0)
-        ):
+        if inside and (rule in ("residual_scaled", "input_anchor") or (rule != "naive" and firing.layer > 0)):
             raise ValueError(
                 f"start_at_layer={start} is inside the loop, and the rule {rule!r} needs the state from which "
                 "the loop began: start at or before its first firing"

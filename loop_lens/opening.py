@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, HrmTextForCausalLM, PreTrainedTokenizerFast
 from transformer_lens.factories.architecture_adapter_factory import (
     SUPPORTED_ARCHITECTURES,
     ArchitectureAdapterFactory,
@@ -22,6 +21,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import (
 )
 from transformer_lens.model_bridge.sources._hf_format import determine_architecture_from_hf_config
 from transformer_lens.utilities.attn_implementation import force_eager_attention
+from transformers import AutoModelForCausalLM, AutoTokenizer, HrmTextForCausalLM, PreTrainedTokenizerFast
 
 from loop_lens.adapters import HrmTextLoopedAdapter, LoopedAdapter
 from loop_lens.bridge import HookedLoopedTransformer
@@ -116,7 +116,7 @@ def boot(
                 AutoModelForCausalLM, folder, source, trust_remote_code=True, **loading
             )
     if device is not None:
-        model.to(device)
+        cast(nn.Module, model).to(device)
     return wrap(
         model,
         tokenizer=tokenizer,
@@ -347,6 +347,8 @@ def _load_transformers(
     if any(problems.values()):
         raise WeightsError(
             f"{source} does not hold this family's weights: "
-            + "; ".join(f"{len(keys)} {what} ({', '.join(keys[:4])})" for what, keys in problems.items() if keys)
+            + "; ".join(
+                f"{len(keys)} {what} ({', '.join(keys[:4])})" for what, keys in problems.items() if keys
+            )
         )
     return model.eval()

@@ -134,6 +134,3 @@ def _boot(
         trust_remote_code=trust_remote_code,
         attn_implementation="eager",
     )
-
-
-

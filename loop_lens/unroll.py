@@ -11,7 +11,7 @@ import copy
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -156,7 +156,7 @@ class Unroller:
         return runs[-1] if runs else None
 
     @contextmanager
-    def forward(self) -> Iterator[Run]:
+    def forward(self) -> Generator[Run, None, None]:
         """Count the calls in this context as one forward. The trunk's slot enters it by itself."""
         runs: list[Run] = self._local.__dict__.setdefault("runs", [])
         run = Run([0] * len(self.blocks), **self._local.__dict__.pop("window", {}))
@@ -169,7 +169,7 @@ class Unroller:
     @contextmanager
     def window(
         self, start: int = 0, stop: int | None = None, residual: Tensor | None = None
-    ) -> Iterator[None]:
+    ) -> Generator[None, None, None]:
         """Run only the firings ``start`` to ``stop`` (excluded) in the next forward of this thread."""
         self._local.window = {"start": start, "stop": stop, "residual": residual}
         try:
@@ -273,9 +273,7 @@ class LoopBody(Unroller):
 
     def set_initial_state(self, value: Any) -> None:
         """Choose the state before the first iteration."""
-        warnings.warn(
-            "initial_state is ignored: this model's loop starts from its own input", stacklevel=3
-        )
+        warnings.warn("initial_state is ignored: this model's loop starts from its own input", stacklevel=3)
 
 
 class CacheSlot:
@@ -348,7 +346,8 @@ def take_slot(module: nn.Module) -> None:
     """Give a module its own class back."""
     if not isinstance(module, _Slot):
         return
-    module.__class__ = _own_class(module)
+    slotted: Any = module
+    slotted.__class__ = _own_class(module)
     del module.__dict__["_unroller"], module.__dict__["_slot"]
 
 

@@ -179,6 +179,7 @@ assert at_france.max() < -clean and at_last.abs().max() < 1
 # If the passes do not carry the answer forward, we should be able to drop one. Skipping iteration t means that its output
 # is its input, which we write with one hook.
 
+
 # %%
 def probability(logits):
     """Probability of Paris as the next token."""

@@ -1,6 +1,6 @@
 """Execute the tutorials and write them as notebooks with their output.
 
-    python tutorials/build.py [NAME ...]
+python tutorials/build.py [NAME ...]
 """
 
 from __future__ import annotations

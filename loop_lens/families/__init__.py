@@ -21,7 +21,9 @@ class UnknownFamilyError(ValueError):
     """A model whose family cannot be told from its config and the names of its weights."""
 
 
-def detect_family(config: dict[str, Any], keys: Iterable[str] = (), source: str | Path = "this model") -> Family:
+def detect_family(
+    config: dict[str, Any], keys: Iterable[str] = (), source: str | Path = "this model"
+) -> Family:
     """Tell a published family by its config and the names of its weights.
 
     Args:

@@ -35,8 +35,10 @@ class HrmBody(LoopBody):
     fold_unsound_because = "the norms of HRM-Text have no weights to fold"
 
     def __init__(self, model: HrmTextForCausalLM) -> None:
-        trunk, config = model.model, model.config
-        self.model, self.config = trunk, config
+        trunk = model.model
+        self.model = trunk
+        config: Any = model.config
+        self.config = config
         n_layers = config.num_layers_per_stack
         schedule = hrm_schedule(n_layers, config.H_cycles, config.L_cycles)
         blocks = [*trunk.L_module.layers, *trunk.H_module.layers]
@@ -77,11 +79,10 @@ class HrmBody(LoopBody):
         run = self.run
         if run is not None:
             low = self.model.z_L_init.to(embedding.dtype).expand_as(embedding)
-            run.notes.update(stacks=0, H=embedding * self.model.embedding_scale, L=low, stale=False)
+            scale: Any = self.model.embedding_scale
+            run.notes.update(stacks=0, H=embedding * scale, L=low, stale=False)
 
-    def stack(
-        self, high: bool, bare: Callable[..., Tensor], mixed: Tensor, kwargs: dict[str, Any]
-    ) -> Tensor:
+    def stack(self, high: bool, bare: Callable[..., Tensor], mixed: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Run one stack for one iteration.
 
         The sum ``mixed`` is the model's own unless a state was looked at: a hook may have replaced
@@ -132,8 +133,7 @@ class HrmTrunkSlot(TrunkSlot):
     ) -> Any:
         body = self._unroller
         assert isinstance(body, HrmBody)
-        if inputs_embeds is None:
-            inputs_embeds = body.model.embed_tokens(input_ids)
+        embedding: Tensor = body.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         with body.forward():
-            body.begin(inputs_embeds)
-            return super(TrunkSlot, self).__call__(inputs_embeds=inputs_embeds, **kwargs)
+            body.begin(embedding)
+            return super(TrunkSlot, self).__call__(inputs_embeds=embedding, **kwargs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,7 +65,9 @@ def _entries(config: LoopedConfig) -> list[Entry]:
 
 def rope_table(config: LoopedConfig) -> dict[str, Tensor]:
     """The table of RoPE cosines and sines that the checkpoint stores [1 pos 1 d_head/2 2]."""
-    d_head, theta = config.head_dim or 0, (config.rope_parameters or {})["rope_theta"]
+    d_head = config.head_dim or 0
+    rope: dict[str, Any] = {**(config.rope_parameters or {})}
+    theta = float(rope["rope_theta"])
     frequencies = theta ** (-torch.arange(0, d_head, 2).float() / d_head)
     angles = torch.outer(torch.arange(config.max_position_embeddings).float(), frequencies)
     return {"freqs_cis": torch.stack([angles.cos(), angles.sin()], dim=-1)[None, :, None]}

@@ -59,7 +59,11 @@ class LoopedAttention(nn.Module):
     def __init__(self, config: LoopedConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx, self.is_causal = config, layer_idx, True
-        d_head, heads, kv_heads = config.head_dim or 0, config.num_attention_heads, config.num_key_value_heads or 0
+        d_head, heads, kv_heads = (
+            config.head_dim or 0,
+            config.num_attention_heads,
+            config.num_key_value_heads or 0,
+        )
         self.head_dim, self.num_key_value_groups = d_head, heads // kv_heads
         self.scaling, self.attention_dropout = d_head**-0.5, config.attention_dropout
         qk_bias = config.qk_bias or config.attention_bias
@@ -98,12 +102,10 @@ class LoopedAttention(nn.Module):
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            self.config._attn_implementation or "eager", eager_attention_forward
         )
         dropout = self.attention_dropout if self.training else 0.0
-        out, pattern = attend(
-            self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
+        out, pattern = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), pattern
 
 
@@ -205,6 +207,7 @@ class LoopedOutput(CausalLMOutputWithPast):
 class LoopedPreTrainedModel(PreTrainedModel):
     """What transformers needs to know about the weights."""
 
+    config: LoopedConfig
     config_class = LoopedConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -414,7 +417,8 @@ class LoopedTransformer(LoopedPreTrainedModel, GenerationMixin):
             logits = logits.float()
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            compute: Any = self.loss_function
+            loss = compute(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
         return LoopedOutput(
             loss=loss,
             logits=logits,
