@@ -47,7 +47,7 @@ class LoopCache(ActivationCache):
 
     def over_iterations(
         self, name: str, *, layer: int | None = None, segment: str | None = None
-    ) -> Float[Tensor, iteration * activation]:
+    ) -> Float[Tensor, "iteration ..."]:
         """One site at every iteration of its loop.
 
         Args:
