@@ -54,9 +54,6 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in sorted(set(shards))]
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
-    found = sorted(folder.glob("*.safetensors"))
-    if found:
-        return found
     pickled = [p.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(suffix)]
     if pickled:
         raise UnsafeCheckpointError(

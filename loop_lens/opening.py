@@ -332,7 +332,12 @@ def _load_transformers(
     given = {name: value for name, value in options.items() if value is not None}
     try:
         model, info = cls.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, local_files_only=True, **given
+            folder,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            local_files_only=True,
+            **given,
         )
     except RuntimeError as error:
         raise WeightsError(f"{source}: its weights do not fit its config.json: {error}") from error

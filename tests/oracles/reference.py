@@ -55,7 +55,7 @@ def _angles(n: int, d_head: int, theta: float) -> tuple[Tensor, Tensor]:
 
 def _rope(x: Tensor, theta: float, *, interleaved: bool) -> Tensor:
     """Rotate [batch head pos d_head]."""
-    cos, sin = _angles(x.shape[2], x.shape[3], theta)
+    cos, sin = (table.to(x.dtype) for table in _angles(x.shape[2], x.shape[3], theta))
     if interleaved:
         a, b = x[..., 0::2], x[..., 1::2]
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
