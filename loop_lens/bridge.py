@@ -19,7 +19,7 @@ from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.sources.transformers_driver import TransformersDriver
 
 from loop_lens import checkpoint
-from loop_lens.cache import LoopCache, act_name, raise_non_additive
+from loop_lens.cache import LoopCache, NoScale, act_name, raise_non_additive
 from loop_lens.hooks import BlockNames, FiringBlocks, HookRegistry, hook_point
 from loop_lens.schedule import Boundary, Firing, Iteration, Location, Schedule, UnknownNameError
 from loop_lens.unroll import (
@@ -133,6 +133,10 @@ class HookedLoopedTransformer(TransformerBridge):
                 # A hooked block is not checkpointed: its hooks would fire again in backward, or be
                 # gone by then.
                 module.gradient_checkpointing = False
+        if self.body.non_additive_because:
+            # Where transformer-lens' path patching and edge attribution look before they assume that
+            # a head's output reaches every later block as it is.
+            block.residual_contribution_scale = NoScale(self.body.non_additive_because)  # type: ignore[assignment]
         self._name_block(firing, block)
         if hasattr(block, "_maybe_wire_capture_hooks"):
             block._maybe_wire_capture_hooks()

@@ -152,6 +152,33 @@ class LoopCache(ActivationCache):
             raise_non_additive(what, reason)
 
 
+class NoScale(float):
+    """In place of the factor with which a branch's output arrives downstream: there is no such one.
+
+    Within its own block a branch counts once, so its value is 1; but it differs from every number,
+    which is what transformer-lens' tools ask before they rely on a constant factor.
+    """
+
+    reason: str
+
+    def __new__(cls, reason: str) -> NoScale:
+        """Make one that prints as the reason."""
+        new = super().__new__(cls, 1.0)
+        new.reason = reason
+        return new
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __ne__(self, other: object) -> bool:
+        return self is not other
+
+    __hash__ = float.__hash__
+
+    def __format__(self, spec: str) -> str:
+        return f"no constant factor: in this model {self.reason}"
+
+
 def raise_non_additive(what: str, reason: str) -> NoReturn:
     """Refuse a decomposition with the reason why it would be wrong."""
     raise NonAdditiveStreamError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -255,6 +256,10 @@ def load_native(
 
 def _open(model: nn.Module, adapter: Any, tokenizer: Any, body: LoopBody) -> HookedLoopedTransformer:
     if tokenizer is not None:
+        if not tokenizer.init_kwargs.get("name_or_path"):
+            # Made in memory: transformer-lens would load it anew to have BOS tokens added, from nowhere.
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.init_kwargs |= {"name_or_path": "in memory", "add_bos_token": True}
         tokenizer = configure_tokenizer(tokenizer, adapter.cfg)
     return HookedLoopedTransformer(model, adapter, tokenizer, body)
 
