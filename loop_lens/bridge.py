@@ -20,7 +20,7 @@ from transformer_lens.model_bridge.sources.transformers_driver import Transforme
 
 from loop_lens import checkpoint
 from loop_lens.cache import LoopCache, NoScale, act_name, raise_non_additive
-from loop_lens.hooks import BlockNames, FiringBlocks, HookRegistry, hook_point
+from loop_lens.hooks import BlockNames, FiringBlocks, HookRegistry, StreamHookPoint, hook_point
 from loop_lens.schedule import Boundary, Firing, Iteration, Location, Schedule, UnknownNameError
 from loop_lens.unroll import (
     Bare,
@@ -66,6 +66,9 @@ class HookedLoopedTransformer(TransformerBridge):
         finally:
             root.restore(held)
         self.__dict__["_prototypes"] = self._modules["blocks"]
+        for prototype in self._modules["blocks"] or ():
+            if isinstance(mid := getattr(prototype, "hook_resid_mid", None), HookPoint):
+                mid.__class__ = StreamHookPoint
         self.cfg.n_params = self.n_params_total
         self._install_firings()
         body.executor, body.observer = self._run_firing, self
@@ -171,12 +174,17 @@ class HookedLoopedTransformer(TransformerBridge):
             raise StopAtLayerException(stream if block is None else block.bridge.hook_in(stream))
         if block is None:
             return bare(*args, **kwargs)
-        if always or block.hooked_inside:
-            return block.bridge(*args, **kwargs)
-        if not block.hooked_ends:
+        inside = always or block.hooked_inside
+        if not (inside or block.hooked_ends):
             return bare(*args, **kwargs)
-        stream = block.bridge.hook_in(hidden_states(args, kwargs))
-        args, kwargs = with_hidden_states(stream, args, kwargs)
+        stream = hidden_states(args, kwargs)
+        if block.bridge.hook_in._forward_hooks:
+            # A hook may write in place, and this is the tensor that the block before has put out.
+            stream = stream.clone()
+        if inside:
+            args, kwargs = with_hidden_states(stream, args, kwargs)
+            return block.bridge(*args, **kwargs)
+        args, kwargs = with_hidden_states(block.bridge.hook_in(stream), args, kwargs)
         return map_output(block.bridge.hook_out, bare(*args, **kwargs))
 
     def wants(self, site: str) -> bool:
@@ -186,7 +194,7 @@ class HookedLoopedTransformer(TransformerBridge):
 
     def see(self, site: str, value: Tensor) -> Tensor:
         """Pass a value between blocks through its hook point."""
-        return self.registry.sites[site](value)
+        return self.registry.sites[site](value.clone())  # a hook may write in place
 
     # ---- schedule and recurrences ----
 

@@ -189,6 +189,8 @@ def raise_non_additive(what: str, reason: str) -> NoReturn:
 
 def act_name(name: str, layer: int) -> str:
     """A hook's own name within its block, from transformer-lens' short names or as it is."""
+    if name.rsplit(".", 1)[-1].startswith("hook_"):
+        return name
     flat = get_act_name(name, layer)
     prefix = f"blocks.{layer}."
     return flat.removeprefix(prefix) if flat.startswith(prefix) else name

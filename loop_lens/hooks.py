@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from transformer_lens.hook_points import HookPoint
 
@@ -259,6 +260,22 @@ class HookRegistry(MutableMapping[str, HookPoint]):
             if id(point) not in seen:
                 seen.add(id(point))
                 yield point
+
+
+class StreamHookPoint(HookPoint):
+    """A hook point on a branch's input that stands for the stream itself.
+
+    ``hook_resid_mid`` is where the stream enters the MLP's norm, and the residual connection goes
+    past it: a value that a hook returns there would reach the MLP alone. This one writes it into the
+    stream, as transformer-lens' in-place setters do. Gradients stay those of the branch.
+    """
+
+    def __call__(self, x: Any) -> Any:
+        """Pass the stream through the hooks."""
+        shown = super().__call__(x)
+        if shown is x or not self.fwd_hooks or torch.equal(shown, x):
+            return shown
+        return x.copy_(shown)
 
 
 def hook_point(bridge: Any, path: str) -> HookPoint:

@@ -130,7 +130,11 @@ def test_other_sizes_match_the_equations(family: str, sizes: dict[str, Any], tmp
     logits, cache = model.run_with_cache(tokens)
     assert (logits - exact.logits).abs().max() < floor
     assert worst([cache[f"{f.prefix}.hook_resid_post"] for f in model.schedule], exact.firings) < floor
-    for name, theirs in (("state_in", run.states_in), ("state_out", run.states_out), ("injected", run.injected)):
+    for name, theirs in (
+        ("state_in", run.states_in),
+        ("state_out", run.states_out),
+        ("injected", run.injected),
+    ):
         sites = [s for s in model.schedule.sites if s.endswith(f".hook_{name}")]
         ours = [cache[site] for site in sorted(sites, key=_when(model, name))]
         if theirs:
@@ -203,7 +207,9 @@ def test_saved_and_reopened_bitwise(family: str, tmp_path: Path) -> None:
     model, expected = boot_golden(family)
     logits = model(expected["input_ids"])
     model.save_pretrained(tmp_path)
-    again = loop_lens.boot(tmp_path, **({"initial_state": expected["initial_state"]} if family in NOISY else {}))
+    again = loop_lens.boot(
+        tmp_path, **({"initial_state": expected["initial_state"]} if family in NOISY else {})
+    )
     assert torch.equal(again(expected["input_ids"]), logits)
     assert set(again.state_dict()) == set(model.state_dict())
 

@@ -52,7 +52,10 @@ print("all well")
 
 def test_register_opens_every_family_and_importing_changes_nothing(tmp_path: object) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", _CHECK, str(GOLDENS), str(tmp_path)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", _CHECK, str(GOLDENS), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0 and "all well" in run.stdout, run.stderr[-2000:]
 

@@ -195,7 +195,12 @@ def test_jacobian_lens(pair: Pair) -> None:
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_greedy_generation(pair: Pair, cached: bool) -> None:
-    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "verbose": False, "stop_at_eos": False}
+    options: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "verbose": False,
+        "stop_at_eos": False,
+    }
     ours, theirs = pair
     a = ours.generate(TOKENS, use_past_kv_cache=cached, **options)
     b = theirs.generate(TOKENS, use_past_kv_cache=False, **options)
@@ -259,7 +264,7 @@ def test_parameter_gradients_sum_over_firings(fresh: Pair) -> None:
             close(block.get_submodule(visited).weight.grad, torch.stack(copies).sum(0))
 
 
-@pytest.mark.parametrize("name", "W_Q W_K W_V W_O W_in W_gate W_out W_E W_U".split())
+@pytest.mark.parametrize("name", ["W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out", "W_E", "W_U"])
 def test_weights(pair: Pair, name: str) -> None:
     ours, theirs = (getattr(model, name) for model in pair)
     assert torch.equal(ours, theirs)

@@ -103,7 +103,7 @@ class HrmBody(LoopBody):
                     seen.insert(0, ("L", "hook_initial_state"))
             for state, site in seen:
                 if self.wants(site):
-                    notes[state] = self.site(site, notes[state].clone())
+                    notes[state] = self.site(site, notes[state])
                     notes["stale"] = True
         if notes["stale"]:
             mixed = notes["L"] + notes["H"]

@@ -120,7 +120,9 @@ def random_checkpoint(
             size = shape(each, old)
             noise = torch.randn(size, generator=generator)
             is_norm = len(size) == 1 and not each.endswith(("bias", "z_L_init"))
-            made[each] = 1 + 0.3 * noise if is_norm else noise * (0.3 if len(size) != 2 else 0.5 * size[1] ** -0.5)
+            made[each] = (
+                1 + 0.3 * noise if is_norm else noise * (0.3 if len(size) != 2 else 0.5 * size[1] ** -0.5)
+            )
     if config.get("tie_embeddings"):
         made["lm_head.weight"] = made["transformer.wte.weight"].clone()
     folder.mkdir(parents=True, exist_ok=True)

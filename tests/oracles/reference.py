@@ -77,7 +77,9 @@ def _heads(x: Tensor, n: int) -> Tensor:
     return x.unflatten(-1, (n, -1)).transpose(1, 2)
 
 
-def _raven(c: dict[str, Any], w: dict[str, Tensor], tokens: Tensor, state: Tensor, steps: int) -> ReferenceRun:
+def _raven(
+    c: dict[str, Any], w: dict[str, Tensor], tokens: Tensor, state: Tensor, steps: int
+) -> ReferenceRun:
     huginn = any(".norm_3." in key for key in w)
     olmo = any(".q_norm." in key for key in w)
     n, eps = c["n_heads"], c["norm_eps"]

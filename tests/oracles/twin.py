@@ -23,7 +23,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words = Tokenizer(WordLevel(vocab, unk_token="w0"))
     words.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, name_or_path="words", add_bos_token=True, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="w0"
+        tokenizer_object=words,
+        name_or_path="words",
+        add_bos_token=True,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        unk_token="w0",
     )
 
 
@@ -85,7 +91,5 @@ def untied_twin(seed: int = 0, **options: Any) -> tuple[HookedLoopedTransformer,
             theirs = theirs.replace("mlp_norm", "post_attention_layernorm")
             weights[f"model.layers.{firing.index}.{theirs}"] = tensor
     llama.load_state_dict({name: tensor.detach().clone() for name, tensor in weights.items()})
-    twin = build_bridge_from_module(
-        llama, "LlamaForCausalLM", hf_config=llama.config, tokenizer=tokenizer()
-    )
+    twin = build_bridge_from_module(llama, "LlamaForCausalLM", hf_config=llama.config, tokenizer=tokenizer())
     return loop_lens.wrap(model, tokenizer=tokenizer()), twin
