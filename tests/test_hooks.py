@@ -169,7 +169,7 @@ def test_head_results_sum_to_the_attention_output(looped: Any) -> None:
 
 
 def test_own_values_change_nothing(looped: Any) -> None:
-    model, bare = looped
+    model, _ = looped
     logits, cache = model.run_with_cache(TOKENS)
     plain = [n for n in cache if not n.endswith(("hook_scale", "hook_normalized", "hook_scores"))]
     for name in plain[:: max(1, len(plain) // 60)]:
