@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
@@ -101,6 +102,7 @@ class HookedLoopedTransformer(TransformerBridge):
         self.cfg.n_layers = len(self.body.schedule)
         own = {id(p) for p in self.original_model.parameters()}
         shared = all(id(p) in own for proto in prototypes for p in proto.parameters())
+        self.__dict__["_split"] = [] if self._weights_processed else _split_projections(prototypes)
         # After weight processing, blocks whose bridge holds weights of its own (split from a fused
         # projection) must not fall back to the bare module, which still has the old ones.
         self.__dict__["_always_bridge"] = self._weights_processed and not shared
@@ -664,6 +666,8 @@ class HookedLoopedTransformer(TransformerBridge):
             window.update(start=start, residual=input.clone())
         elif prelude_out is not None:
             raise ValueError("prelude_out goes with start_at_layer: otherwise the prelude computes it")
+        for projection in self.__dict__["_split"]:
+            projection.follow()
         with self.body.window(**window):
             return super().forward(input, *args, **kwargs)
 
@@ -775,6 +779,43 @@ class HookedLoopedTransformer(TransformerBridge):
 
     def __str__(self) -> str:
         return f"{type(self).__name__}({self.cfg.model_name})\n{self.schedule}"
+
+
+class _SplitProjection:
+    """Queries, keys and values that transformer-lens split from a fused projection.
+
+    They are parameters of their own, made once: training or moving the fused one leaves them behind.
+    """
+
+    def __init__(self, attention: Any) -> None:
+        self.attention = attention
+        self.seen = self._state()
+
+    def _state(self) -> tuple[tuple[int, int], ...]:
+        fused = self.attention.qkv.original_component.parameters()
+        return tuple((parameter.data_ptr(), parameter._version) for parameter in fused)
+
+    def follow(self) -> None:
+        """Split anew if the fused projection changed since."""
+        state = self._state()
+        if state == self.seen:
+            return
+        parts = self.attention.split_qkv_matrix(self.attention.original_component)
+        with torch.no_grad():
+            for name, part in zip("qkv", parts, strict=True):
+                own = dict(getattr(self.attention, name).original_component.named_parameters())
+                for key, parameter in part.named_parameters():
+                    own[key].data = parameter.data
+        self.seen = state
+
+
+def _split_projections(prototypes: Iterable[nn.Module]) -> list[_SplitProjection]:
+    attentions: list[Any] = [getattr(prototype, "attn", None) for prototype in prototypes]
+    return [
+        _SplitProjection(attention)
+        for attention in attentions
+        if getattr(attention, "split_qkv_matrix", None) is not None and hasattr(attention, "qkv")
+    ]
 
 
 class _Holder:

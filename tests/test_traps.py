@@ -225,7 +225,8 @@ def test_the_final_norm_fires_once_though_the_loop_shares_its_weights() -> None:
         model = loop_lens.boot(GOLDENS / family)
         fired: list[str] = []
         model.run_with_hooks(
-            expected["input_ids"], fwd_hooks=[("ln_final.hook_in", lambda v, hook: fired.append(hook.name))]
+            expected["input_ids"],
+            fwd_hooks=[("ln_final.hook_in", lambda v, hook, fired=fired: fired.append(hook.name))],
         )
         assert len(fired) == 1
         weight = model.ln_final.original_component.weight
@@ -294,7 +295,7 @@ def test_hrm_state_patches_act_as_in_its_equations() -> None:
         ("H.0.hook_state_in", "H"),
     ):
         with model.hooks(fwd_hooks=[(site, lambda v, hook: v.add_(shift))]):
-            patched, cache = model.run_with_cache(tokens)
+            patched = model(tokens)
         again = _hrm_by_hand(bare, tokens, site, shift)
         assert (patched - again).abs().max() < 1e-4, (site, state)
         assert (patched - expected["logits"]).abs().max() > 1e-3
