@@ -5,6 +5,7 @@ python tutorials/build.py [NAME ...]
 
 from __future__ import annotations
 
+import base64
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from nbclient import NotebookClient
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
+IMAGES = HERE.parent / "docs" / "images"
 
 
 def sources() -> list[Path]:
@@ -35,10 +37,21 @@ def execute(source: Path, *, timeout: int = 900) -> nbformat.NotebookNode:
     return notebook
 
 
+def save_pictures(notebook: nbformat.NotebookNode, stem: str) -> None:
+    """Write a notebook's figures as files, for the README and the documentation."""
+    IMAGES.mkdir(exist_ok=True)
+    outputs = [out.get("data", {}) for cell in notebook.cells for out in cell.get("outputs", [])]
+    pictures = [data["image/png"] for data in outputs if "image/png" in data]
+    for index, picture in enumerate(pictures):
+        (IMAGES / f"{stem}_{index}.png").write_bytes(base64.b64decode(picture))
+
+
 def main(names: list[str]) -> None:
     """Build the named tutorials, or all."""
     for source in tqdm([path for path in sources() if not names or path.stem in names]):
-        nbformat.write(execute(source), source.with_suffix(".ipynb"))
+        notebook = execute(source)
+        nbformat.write(notebook, source.with_suffix(".ipynb"))
+        save_pictures(notebook, source.stem)
 
 
 if __name__ == "__main__":
