@@ -66,8 +66,9 @@ class HookedLoopedTransformer(TransformerBridge):
             super().__init__(model, adapter, tokenizer, driver=TransformersDriver(model, adapter, tokenizer))
         finally:
             root.restore(held)
-        self.__dict__["_prototypes"] = self._modules["blocks"]
-        for prototype in self._modules["blocks"] or ():
+        wired: Any = self._modules["blocks"]
+        self.__dict__["_prototypes"] = wired
+        for prototype in wired:
             if isinstance(mid := getattr(prototype, "hook_resid_mid", None), HookPoint):
                 mid.__class__ = StreamHookPoint
         self.cfg.n_params = self.n_params_total
