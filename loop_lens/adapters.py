@@ -113,5 +113,7 @@ class HrmTextLoopedAdapter(ArchitectureAdapter):
             "embed": EmbeddingBridge(name="model.embed_tokens"),
             "rotary_emb": RotaryEmbeddingBridge(name="model.rotary_emb", config=self.cfg),
             "blocks": BlockBridge(name="model.layers", submodules=submodules),
+            # The high-level stack ends in it; only its last run is the model's final norm.
+            "ln_final": RMSNormalizationBridge(name="model.H_module.final_norm", config=self.cfg),
             "unembed": UnembeddingBridge(name="lm_head", config=self.cfg),
         }

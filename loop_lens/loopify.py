@@ -90,7 +90,7 @@ class WindowBody(LoopBody):
                 Blocks("prelude", window.first),
                 Loop("loop", window.times, Blocks("core", size)),
                 Blocks("coda", len(blocks) - window.last - 1),
-                sites=("hook_initial_state", "hook_prelude_out") if window.first else ("hook_initial_state",),
+                sites=("hook_prelude_out", "hook_initial_state"),
             )
         )
         super().__init__(common_parent(model, blocks), blocks, schedule)
@@ -126,9 +126,7 @@ class WindowBody(LoopBody):
             return super().call(slot, bare, args, kwargs)
         if slot == self.span.first:
             x = hidden_states(args, kwargs)
-            if self.span.first:
-                x = self.site("hook_prelude_out", x)
-            x = self.site("hook_initial_state", x)
+            x = self.site("hook_initial_state", self.site("hook_prelude_out", x))
             run.notes["anchor"] = self._kept(x)
             run.notes["calls"] = []
             args, kwargs = with_hidden_states(self._enter(run, 0, x), args, kwargs)

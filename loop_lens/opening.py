@@ -48,7 +48,7 @@ def boot(
     recurrences: int | None = None,
     initial_state: Any = 0,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     attn_implementation: str | None = None,
     tokenizer: Any = None,
@@ -62,7 +62,8 @@ def boot(
         initial_state: A seed of the family's own noise, ``"zeros"``, or a tensor
             [batch pos d_model]; ignored with a warning where the family has none.
         device: Where to put the model; the CPU by default.
-        dtype: Of the weights; the checkpoint's own by default.
+        dtype: Of the weights, e.g. ``torch.bfloat16`` or ``"bfloat16"``; the checkpoint's own by
+            default and for ``"auto"``.
         revision: Of a hub id.
         attn_implementation: As in transformers: ``"sdpa"`` (its default) or ``"eager"``, under
             which hooked and unhooked blocks agree bitwise.
@@ -76,6 +77,8 @@ def boot(
         WeightsError: If its weights do not fit its config.
         UnsafeCheckpointError: If its weights are pickled.
     """
+    if isinstance(dtype, str):
+        dtype = _named_dtype(dtype)
     folder = resolve_checkpoint(model_name, revision)
     config = read_config(folder)
     kind = config.get("model_type")
@@ -269,6 +272,13 @@ def _bridge_config(model: Any, name: str) -> Any:
     cfg = build_bridge_config_from_hf(model.config, architecture, name, _dtype(model))
     cfg.device = str(next(model.parameters()).device)
     return cfg
+
+
+def _named_dtype(name: str) -> torch.dtype | None:
+    dtype = None if name == "auto" else getattr(torch, name, name)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype {name!r} is unknown: give a torch.dtype, its name, or 'auto'")
+    return dtype
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -23,21 +23,24 @@ from transformer_lens.tools.analysis import (
 )
 
 import loop_lens
-from tests.oracles.twin import small_looped, untied_twin
+from tests.oracles.twin import looped_llama_twin, small_looped, untied_twin
 
 TOKENS = torch.randint(0, 46, (2, 6), generator=torch.Generator().manual_seed(1))
 OTHERS = torch.randint(0, 46, (2, 6), generator=torch.Generator().manual_seed(2))
 Pair = tuple[Any, Any]
 
 
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    return untied_twin()
+TWINS = {"native": untied_twin, "looped Llama": looped_llama_twin}
 
 
-@pytest.fixture()
-def fresh() -> Pair:
-    return untied_twin()
+@pytest.fixture(scope="module", params=TWINS)
+def pair(request: pytest.FixtureRequest) -> Pair:
+    return TWINS[request.param]()
+
+
+@pytest.fixture(params=TWINS)
+def fresh(request: pytest.FixtureRequest) -> Pair:
+    return TWINS[request.param]()
 
 
 def close(ours: Any, theirs: Any) -> None:
@@ -49,8 +52,9 @@ def metric(logits: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 3])
-def test_everything_cached(kv_heads: int) -> None:
-    ours, theirs = untied_twin(num_key_value_heads=kv_heads)
+@pytest.mark.parametrize("twin", TWINS)
+def test_everything_cached(twin: str, kv_heads: int) -> None:
+    ours, theirs = TWINS[twin](num_key_value_heads=kv_heads)
     a, ca = ours.run_with_cache(TOKENS)
     b, cb = theirs.run_with_cache(TOKENS)
     close(a, b)
@@ -250,9 +254,7 @@ def test_parameter_gradients_sum_over_firings(fresh: Pair) -> None:
     ours, theirs = fresh
     for model in fresh:
         model(TOKENS, return_type="loss").backward()
-    tied = ours.original_model.model
-    blocks = [*tied.prelude, *tied.core, *tied.coda]
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(ours.body.blocks):
         for visited in ("self_attn.q_proj", "mlp.down_proj"):
             attn, name = visited.split(".")
             bridged = {"self_attn": "attn", "mlp": "mlp"}[attn]

@@ -24,7 +24,7 @@ def hrm_schedule(n_layers: int, h_cycles: int, l_cycles: int) -> Schedule:
     """Firings of HRM-Text: ``L`` iterations inside ``H`` iterations, then the ``H`` stack."""
     low = Loop("L", l_cycles, Blocks("L", n_layers), sites=_SITES)
     high = Loop("H", h_cycles, low, Blocks("H", n_layers), sites=_SITES)
-    return Schedule(Sequence(high, sites=("hook_initial_state",)))
+    return Schedule(Sequence(high, sites=("hook_prelude_out", "hook_initial_state")))
 
 
 class HrmBody(LoopBody):
@@ -49,6 +49,7 @@ class HrmBody(LoopBody):
         super().install()
         put_slot(self.model.L_module, StackSlot, self, 0)
         put_slot(self.model.H_module, StackSlot, self, 1)
+        put_slot(self.model.H_module.final_norm, FinalNormSlot, self, 0)
         take_slot(self.model)
         put_slot(self.model, HrmTrunkSlot, self, 0)
         self.set_times()
@@ -58,6 +59,7 @@ class HrmBody(LoopBody):
         super().remove()
         take_slot(self.model.L_module)
         take_slot(self.model.H_module)
+        take_slot(self.model.H_module.final_norm)
 
     def set_times(self, **times: int) -> None:
         """Change the numbers of iterations, ``H`` and ``L``."""
@@ -100,7 +102,7 @@ class HrmBody(LoopBody):
             if low == 0:
                 seen.insert(0, ("H", f"H.{h}.hook_state_in"))
                 if h == 0:
-                    seen.insert(0, ("L", "hook_initial_state"))
+                    seen = [("H", "hook_prelude_out"), ("L", "hook_initial_state"), *seen]
             for state, site in seen:
                 if self.wants(site):
                     notes[state] = self.site(site, notes[state])
@@ -108,6 +110,7 @@ class HrmBody(LoopBody):
         if notes["stale"]:
             mixed = notes["L"] + notes["H"]
         mixed = self.site(f"{prefix}.hook_injected", mixed)
+        notes["last"] = high and h == self.config.H_cycles - 1
         out = self.site(f"{prefix}.hook_state_out", bare(mixed, **kwargs))
         notes["H" if high else "L"] = out
         # From here on the model's own variables are current, except z_H until its stack has run.
@@ -123,6 +126,17 @@ class StackSlot(TrunkSlot):
         body = self._unroller
         assert isinstance(body, HrmBody)
         return body.stack(bool(self._slot), bare, hidden_states, kwargs)
+
+
+class FinalNormSlot(TrunkSlot):
+    """The high-level stack's norm under transformer-lens' bridge: hooked in its last run alone."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run = self._unroller.run
+        bare = self._modules.get("_original_component")
+        if run is None or bare is None or run.notes.get("last", True):
+            return super(TrunkSlot, self).__call__(*args, **kwargs)
+        return bare(*args, **kwargs)
 
 
 class HrmTrunkSlot(TrunkSlot):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 Split = Callable[[Tensor], tuple[Tensor, ...]]
 Join = Callable[..., Tensor]
@@ -112,7 +113,7 @@ def to_native(
             + ". Its config.json and its weights must be of the same model."
         )
     loaded: dict[str, Tensor] = {}
-    for entry in entries:
+    for entry in tqdm(entries, desc="loading weights", delay=2, leave=False):
         tensor = published[entry.published]
         expected = entry.join(*(native[name].to("meta") for name in entry.native)).shape
         if tensor.shape != expected:

@@ -172,14 +172,11 @@ class LoopedConfig(PreTrainedConfig):
             loop_sites.insert(1, "hook_injected")
         if self.exit_gate:
             loop_sites.append("hook_exit_gate")
-        sites = ["hook_initial_state"]
-        if self.prelude_layers or self.injection != "none":
-            sites.append("hook_prelude_out")
         return Schedule(
             Sequence(
                 Blocks("prelude", self.prelude_layers),
                 Loop("loop", self.recurrences, Blocks("core", self.core_layers), sites=loop_sites),
                 Blocks("coda", self.coda_layers),
-                sites=sites,
+                sites=("hook_prelude_out", "hook_initial_state"),
             )
         )

@@ -62,6 +62,32 @@ def small_looped(**options: Any) -> LoopedTransformer:
     return model
 
 
+def looped_llama_twin(seed: int = 0, **options: Any) -> tuple[HookedLoopedTransformer, Any]:
+    """A Llama with a window of its layers looped, and its twin with really copied layers."""
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_attention_heads": 3,
+        "attn_implementation": "eager",
+        **options,
+    }
+    llama = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **sizes)).eval()
+    randomize(llama)
+    order = [0, *[1, 2] * 3, 3]
+    copies = LlamaForCausalLM(LlamaConfig(num_hidden_layers=len(order), **sizes)).eval()
+    weights = {n: t for n, t in llama.state_dict().items() if "layers" not in n}
+    for index, layer in enumerate(order):
+        for name, tensor in llama.model.layers[layer].state_dict().items():
+            weights[f"model.layers.{index}.{name}"] = tensor.clone()
+    copies.load_state_dict(weights)
+    twin = build_bridge_from_module(
+        copies, "LlamaForCausalLM", hf_config=copies.config, tokenizer=tokenizer()
+    )
+    return loop_lens.loopify(llama, layers=[1, 2], times=3, tokenizer=tokenizer()), twin
+
+
 def untied_twin(seed: int = 0, **options: Any) -> tuple[HookedLoopedTransformer, Any]:
     """The looped model under loop_lens, and its twin under transformer-lens' own bridge."""
     torch.manual_seed(seed)
