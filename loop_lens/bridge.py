@@ -36,6 +36,7 @@ from loop_lens.unroll import (
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
 Select = int | slice | Iterable[int] | None
+_GATES = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 # By model, since a hook may run another one.
 _SCOPES: ContextVar[dict[int, dict[str, HookPoint]] | None] = ContextVar("hook points in scope", default=None)
 
@@ -69,6 +70,7 @@ class HookedLoopedTransformer(TransformerBridge):
         wired: Any = self._modules["blocks"]
         self.__dict__["_prototypes"] = wired
         for prototype in wired:
+            _do_not_checkpoint(prototype)
             if isinstance(mid := getattr(prototype, "hook_resid_mid", None), HookPoint):
                 mid.__class__ = StreamHookPoint
         self.cfg.n_params = self.n_params_total
@@ -96,6 +98,7 @@ class HookedLoopedTransformer(TransformerBridge):
             )
         fixed = {name: point for name, point in listed.items() if not name.startswith("blocks.")}
         self.__dict__["_physical_registry"] = self.__dict__["_hook_registry"]
+        self.__dict__.pop("_everything", None)
         blocks = FiringBlocks(self.body.schedule, self._make_block)
         blocks.training = self.training
         self._modules["blocks"] = blocks
@@ -133,12 +136,6 @@ class HookedLoopedTransformer(TransformerBridge):
             block = self._wire_anew(firing)
         else:
             block = tied_clone(prototype)
-        block.train(self.training)
-        for module in block.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                # A hooked block is not checkpointed: its hooks would fire again in backward, or be
-                # gone by then.
-                module.gradient_checkpointing = False
         if self.body.non_additive_because:
             # Where transformer-lens' path patching and edge attribution look before they assume that
             # a head's output reaches every later block as it is.
@@ -154,6 +151,8 @@ class HookedLoopedTransformer(TransformerBridge):
         block.set_original_component(tied_clone(self.body.blocks[firing.block]))
         setup_submodules(block, self.adapter, block.original_component)
         block._wire_ln1_module()
+        block.train(self.training)
+        _do_not_checkpoint(block)
         for module in block.modules():
             if hasattr(module, "_register_aliases"):
                 module._register_aliases()
@@ -163,7 +162,7 @@ class HookedLoopedTransformer(TransformerBridge):
 
     def _name_block(self, firing: Firing, block: Any) -> None:
         block.name = f"blocks.{firing.index}"
-        for hook in set(self.registry.names[firing.block].canonical.values()):
+        for hook in self.registry.names[firing.block].points:
             hook_point(block, hook).name = f"blocks.{firing.index}.{hook}"
 
     def _run_firing(
@@ -282,7 +281,10 @@ class HookedLoopedTransformer(TransformerBridge):
         self.schedule.require_segment(segment)
         if layer is None:
             return self._site_name(hook, segment, iteration)
-        firing = self.schedule.find(segment, iteration, layer)
+        try:
+            firing = self.schedule.find(segment, iteration, layer)
+        except UnknownNameError as error:
+            raise UnknownNameError(f"{error}; {self.registry.describe_hooks(0)}") from None
         name = f"{firing.prefix}.{act_name(hook, firing.index)}"
         self.registry.locate(name)
         return name
@@ -517,16 +519,9 @@ class HookedLoopedTransformer(TransformerBridge):
             KeyError: If a name does not exist.
         """
         bounds = self._bounds(start_at_layer, stop_at_layer)
-        chosen = self._chosen(names_filter)
-        wanted = [name for name in dict.fromkeys(chosen) if self._runs(name, *bounds)]
-        by_point: dict[str, list[str]] = {}
-        for name in wanted:
-            by_point.setdefault(self.canonical_name(name), []).append(name)
-        gated = [name for name in by_point if self._gated_hook_reason(name) is not None]
+        by_point, gated = self._selected(names_filter, bounds)
         if names_filter is not None:
             self._warn_gated_skipped("run_with_cache", gated)
-        for name in gated:
-            del by_point[name]
         seen = list(by_point)
         if bounds[1] is not None and bounds[1] < len(self.schedule):
             seen.append(f"blocks.{bounds[1]}.hook_in")
@@ -543,6 +538,26 @@ class HookedLoopedTransformer(TransformerBridge):
         if isinstance(names_filter, str | list | tuple):
             self._warn_unfired(name for name in by_point if name not in cache.cache_dict)
         return output, self._looped_cache(cache, by_point, names_filter, return_cache_object)
+
+    def _selected(
+        self, names_filter: NamesFilter, bounds: tuple[int | None, int | None]
+    ) -> tuple[dict[str, list[str]], list[str]]:
+        """What to cache: each hook point's own name with all names asked for, and what is gated off."""
+        everything = names_filter is None and bounds == (None, None)
+        flags = tuple(getattr(self.cfg, flag, False) for flag in _GATES)
+        known: Any = self.__dict__.get("_everything")
+        if everything and known is not None and known[0] is self.schedule and known[1] == flags:
+            return known[2]
+        by_point: dict[str, list[str]] = {}
+        for name in dict.fromkeys(self._chosen(names_filter)):
+            if self._runs(name, *bounds):
+                by_point.setdefault(self.canonical_name(name), []).append(name)
+        gated = [name for name in by_point if self._gated_hook_reason(name) is not None]
+        for name in gated:
+            del by_point[name]
+        if everything:
+            self.__dict__["_everything"] = (self.schedule, flags, (by_point, gated))
+        return by_point, gated
 
     def _warn_unfired(self, names: Iterable[str]) -> None:
         unfired = list(names)
@@ -780,6 +795,13 @@ class HookedLoopedTransformer(TransformerBridge):
 
     def __str__(self) -> str:
         return f"{type(self).__name__}({self.cfg.model_name})\n{self.schedule}"
+
+
+def _do_not_checkpoint(block: nn.Module) -> None:
+    """A hooked block is not checkpointed: its hooks would fire again in backward, or be gone by then."""
+    for module in block.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False  # type: ignore[assignment]
 
 
 class _SplitProjection:

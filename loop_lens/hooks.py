@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -129,6 +130,11 @@ class BlockNames:
 
     canonical: dict[str, str]
 
+    @cached_property
+    def points(self) -> tuple[str, ...]:
+        """The names that hook points go by, each once."""
+        return tuple(dict.fromkeys(self.canonical.values()))
+
 
 class HookRegistry(MutableMapping[str, HookPoint]):
     """All hook points by name: both spellings are found, the flat one is listed.
@@ -164,15 +170,20 @@ class HookRegistry(MutableMapping[str, HookPoint]):
         return located[name]
 
     def _locate(self, name: str) -> Location:
-        location = self.schedule.locate(name)
-        if isinstance(location.place, Firing):
-            known = self.names[location.place.block].canonical
-            if location.hook not in known:
-                raise UnknownNameError(
-                    f"{name!r} does not exist: {location.place.prefix} has the hooks "
-                    f"{', '.join(sorted(known))}"
-                )
+        try:
+            location = self.schedule.locate(name)
+        except UnknownNameError as error:
+            raise UnknownNameError(f"{error}; {self.describe_hooks(0)}") from None
+        place, hook = location
+        if isinstance(place, Firing) and hook not in self.names[place.block].canonical:
+            raise UnknownNameError(
+                f"{name!r} does not exist: {self.describe_hooks(place.block)}; {self.schedule.describe()}"
+            )
         return location
+
+    def describe_hooks(self, block: int) -> str:
+        """The hooks within a block, in words."""
+        return f"a block has the hooks {', '.join(sorted(self.names[block].canonical))}"
 
     def flat(self, name: str) -> str:
         """The flat spelling of a name, or the name itself outside blocks.

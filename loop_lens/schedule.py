@@ -317,7 +317,8 @@ class Schedule:
         n_layers = self.segments.get(segment, 0)
         if not 0 <= layer < n_layers:
             raise UnknownNameError(
-                f"layer {layer} does not exist: the segment {segment!r} has layers {_range(n_layers)}"
+                f"layer {layer} does not exist: the segment {segment!r} has layers {_range(n_layers)} "
+                f"({self.describe()})"
             )
         for firing in self._at[segment, layer]:
             if firing.iteration == iteration:
@@ -351,7 +352,9 @@ class Schedule:
         if match := _FLAT.fullmatch(name):
             index = int(match[1])
             if index >= len(self):
-                raise UnknownNameError(f"{name!r}: there are blocks {_range(len(self))}")
+                raise UnknownNameError(
+                    f"{name!r} does not exist: there are blocks {_range(len(self))}; {self.describe()}"
+                )
             return Location(self._firings[index], match[2])
         match = _LOOPED.fullmatch(name)
         if match and match[1] in self.by_prefix:
