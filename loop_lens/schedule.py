@@ -323,7 +323,9 @@ class Schedule:
         for firing in self._at[segment, layer]:
             if firing.iteration == iteration:
                 return firing
-        raise UnknownNameError(f"iteration {iteration} does not exist: {self._describe_iterations(segment)}")
+        raise UnknownNameError(
+            f"iteration {iteration} does not exist: {self._describe_iterations(segment)} ({self.describe()})"
+        )
 
     @cached_property
     def _at(self) -> dict[tuple[str, int], list[Firing]]:
