@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge.generalized_components import PositionEmbeddingsAttentionBridge
+from transformer_lens.model_bridge.generalized_components import (
+    AttentionBridge,
+    PositionEmbeddingsAttentionBridge,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
@@ -109,6 +112,28 @@ class _ValueAndGraph(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
         return tangents[1]
+
+
+class _EitherCacheName:
+    """Over a transformer-lens attention: finds the key-value cache under transformers' newer name.
+
+    transformers 5.24 calls it ``cache``; transformer-lens 4.3 looks for ``past_key_values`` alone, and
+    silently attends to the new tokens only.
+    """
+
+    def _update_kv_cache(self, k: Tensor, v: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if kwargs.get("past_key_values") is None and kwargs.get("cache") is not None:
+            kwargs["past_key_values"] = kwargs["cache"]
+        return super()._update_kv_cache(k, v, **kwargs)  # type: ignore[misc]
+
+
+def accept_either_cache_name(block: nn.Module) -> None:
+    """Let a block's attention use a key-value cache whatever transformers calls it."""
+    for module in block.modules():
+        own = type(module)
+        if isinstance(module, AttentionBridge) and not issubclass(own, _EitherCacheName):
+            both: Any = type(own.__name__, (_EitherCacheName, own), {"__module__": own.__module__})
+            module.__class__ = both
 
 
 def _show(point: HookPoint, value: Tensor) -> tuple[Tensor, bool]:

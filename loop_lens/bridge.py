@@ -20,6 +20,7 @@ from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.sources.transformers_driver import TransformersDriver
 
 from loop_lens import checkpoint
+from loop_lens.attention import accept_either_cache_name
 from loop_lens.cache import LoopCache, NoScale, act_name, raise_non_additive
 from loop_lens.hooks import BlockNames, FiringBlocks, HookRegistry, StreamHookPoint, hook_point
 from loop_lens.schedule import Boundary, Firing, Iteration, Location, Schedule, UnknownNameError
@@ -71,6 +72,7 @@ class HookedLoopedTransformer(TransformerBridge):
         self.__dict__["_prototypes"] = wired
         for prototype in wired:
             _do_not_checkpoint(prototype)
+            accept_either_cache_name(prototype)
             if isinstance(mid := getattr(prototype, "hook_resid_mid", None), HookPoint):
                 mid.__class__ = StreamHookPoint
         self.cfg.n_params = self.n_params_total
@@ -153,6 +155,7 @@ class HookedLoopedTransformer(TransformerBridge):
         block._wire_ln1_module()
         block.train(self.training)
         _do_not_checkpoint(block)
+        accept_either_cache_name(block)
         for module in block.modules():
             if hasattr(module, "_register_aliases"):
                 module._register_aliases()

@@ -62,6 +62,20 @@ def test_generation_matches_copied_layers(pair: Any) -> None:
 
 
 @torch.no_grad()
+def test_blocks_hooked_inside_use_the_key_value_cache(pair: Any) -> None:
+    # transformers 5.24 calls the cache by another name than transformer-lens 4.3 looks for.
+    looped, oracle = pair
+    names, past, steps = looped.names("z"), None, []
+    for start, stop in ((0, 4), (4, 5), (5, 9)):
+        options: dict[str, Any] = {"use_cache": True} if past is None else {"past_key_values": past}
+        (logits, past), _ = looped.run_with_cache(
+            TOKENS[:, start:stop], names_filter=names, return_type="logits_and_cache", **options
+        )
+        steps.append(logits)
+    assert (torch.cat(steps, 1) - oracle(TOKENS).logits).abs().max() < 1e-5
+
+
+@torch.no_grad()
 def test_patterns_are_there_whatever_the_attention_implementation(pair: Any) -> None:
     looped, _ = pair
     _, cache = looped.run_with_cache(TOKENS)

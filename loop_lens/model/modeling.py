@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ from loop_lens.model.state import InitialState, draw_initial_state
 from loop_lens.unroll import tied_clone
 
 Site = Callable[[str, Tensor], Tensor]
+# transformers 5.24 renamed the argument.
+_CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -291,12 +294,13 @@ class LoopedModel(LoopedPreTrainedModel):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device).unsqueeze(0)
+        named_cache: dict[str, Any] = {_CACHE: past_key_values}
         mask = create_causal_mask(
             config=config,
             inputs_embeds=x,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **named_cache,
         )
         shared: dict[str, Any] = {
             "attention_mask": mask,
@@ -378,6 +382,7 @@ class LoopedTransformer(LoopedPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         prelude_output: Tensor | None = None,
         initial_state: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> LoopedOutput:
         """Run the model.
@@ -394,6 +399,7 @@ class LoopedTransformer(LoopedPreTrainedModel, GenerationMixin):
             logits_to_keep: Read out this many last positions only; 0 for all.
             prelude_output: Injected instead of the prelude's own output [batch pos d_model].
             initial_state: State before iteration 0 [batch pos d_model], for this forward only.
+            cache: Another name of ``past_key_values``, the one of transformers 5.24 and later.
             **kwargs: Passed on to the attention implementation.
         """
         kwargs.pop("output_attentions", None)
@@ -402,7 +408,7 @@ class LoopedTransformer(LoopedPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             prelude_output=prelude_output,
@@ -419,13 +425,14 @@ class LoopedTransformer(LoopedPreTrainedModel, GenerationMixin):
         if labels is not None:
             compute: Any = self.loss_function
             loss = compute(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return LoopedOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=cache,
-            hidden_states=firings if output_hidden_states else None,
-            exit_gate_logits=gates,
-        )
+        fields: dict[str, Any] = {
+            "loss": loss,
+            "logits": logits,
+            _CACHE: cache,
+            "hidden_states": firings if output_hidden_states else None,
+            "exit_gate_logits": gates,
+        }
+        return LoopedOutput(**fields)
 
 
 def _no_site(name: str, value: Tensor) -> Tensor:
