@@ -5,6 +5,7 @@ from loop_lens.cache import LoopCache, NonAdditiveStreamError
 from loop_lens.checkpoint import UnsafeCheckpointError
 from loop_lens.families import UnknownFamilyError
 from loop_lens.families.weights import WeightsError
+from loop_lens.interventions.sweep import SweepResult, patch_sweep
 from loop_lens.model import LoopedConfig, LoopedTransformer
 from loop_lens.opening import boot, loopify, wrap
 from loop_lens.registration import register
@@ -26,6 +27,7 @@ __all__ = [
     "NonAdditiveStreamError",
     "Schedule",
     "Sequence",
+    "SweepResult",
     "UnknownFamilyError",
     "UnknownNameError",
     "Unroller",
@@ -33,6 +35,7 @@ __all__ = [
     "WeightsError",
     "boot",
     "loopify",
+    "patch_sweep",
     "register",
     "tied_clone",
     "wrap",

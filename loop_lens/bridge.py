@@ -228,6 +228,8 @@ class HookedLoopedTransformer(TransformerBridge):
         for name, n in times.items():
             if isinstance(n, bool) or not isinstance(n, int) or n < 1:
                 raise ValueError(f"recurrences must be a whole number of at least 1, got {n!r} for {name!r}")
+        if self.body.order is not None:
+            raise RuntimeError("the iterations run in another order: leave that context before changing R")
         self.body.set_times(**times)
         blocks: Any = self._modules["blocks"]
         for firing, block in blocks.reschedule(self.schedule):
@@ -648,6 +650,7 @@ class HookedLoopedTransformer(TransformerBridge):
         stop_at_layer: int | None = None,
         recurrences: int | None = None,
         prelude_out: Tensor | None = None,
+        rows: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the model, as in transformer-lens.
@@ -661,6 +664,8 @@ class HookedLoopedTransformer(TransformerBridge):
             recurrences: Number of iterations, for this forward only.
             prelude_out: With ``start_at_layer`` inside a loop with injection: what it injects,
                 ``cache["hook_prelude_out"]``.
+            rows: Which prompt each row of the batch belongs to [batch], where one prompt has several
+                rows, for whatever is set per prompt (see `loop_lens.interventions`).
             **kwargs: As in transformer-lens.
 
         Raises:
@@ -674,15 +679,19 @@ class HookedLoopedTransformer(TransformerBridge):
                     start_at_layer=start_at_layer,
                     stop_at_layer=stop_at_layer,
                     prelude_out=prelude_out,
+                    rows=rows,
                     **kwargs,
                 )
         start, stop = self._bounds(start_at_layer, stop_at_layer)
-        window: dict[str, Any] = {"stop": stop}
+        window: dict[str, Any] = {"stop": stop, "rows": rows}
         if start is not None:
             input = self._require_residual(input, start)
             kwargs.update(self.body.require_resumable(start, prelude_out))
             # A copy, since a hook may write into what enters the block.
             window.update(start=start, residual=input.clone())
+            if rows is not None:
+                # Before the block that it enters, one row stands for all: masks and positions are alike.
+                input = input[:1]
         elif prelude_out is not None:
             raise ValueError("prelude_out goes with start_at_layer: otherwise the prelude computes it")
         for projection in self.__dict__["_split"]:

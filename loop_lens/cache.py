@@ -40,7 +40,7 @@ class LoopCache(ActivationCache):
         if not isinstance(key, str) or key in self.cache_dict:
             return key
         base, grad = (key[:-5], "_grad") if key.endswith("_grad") else (key, "")
-        if base not in self.model.hook_dict:
+        if base not in self.model.registry:  # hook_dict shows less while hooks run
             return key
         spellings = (self.model.flat_name(base), self.model.canonical_name(base))
         return next((n + grad for n in spellings if n + grad in self.cache_dict), key)

@@ -14,12 +14,12 @@ from typing import Annotated
 import torch
 import typer
 from torch import Tensor
-from tqdm import tqdm
 from transformer_lens.tools.analysis import logit_readout
 
 from loop_lens.attention_page import attention_page
 from loop_lens.bridge import HookedLoopedTransformer
 from loop_lens.cache import LoopCache
+from loop_lens.interventions import LogitDiff, patch_sweep
 from loop_lens.opening import loopify
 from loop_lens.smollm2 import load_smollm2
 
@@ -39,33 +39,6 @@ def lens_rows(model: HookedLoopedTransformer, cache: LoopCache, answer: int) -> 
         rank = int((logits > logits[answer]).sum())
         yield f"  {t:>9}  {cosine:>7.3f}  {rank:>6}  {top_tokens(model, logits)}"
         before = state
-
-
-def patch_grid(
-    model: HookedLoopedTransformer, tokens: Tensor, other: LoopCache, answers: tuple[int, int], position: int
-) -> Tensor:
-    """Change of the logit difference [iteration layer] when one firing's output at one position is
-    replaced by that of another run.
-    """
-
-    def difference(logits: Tensor) -> float:
-        return (logits[0, -1, answers[0]] - logits[0, -1, answers[1]]).item()
-
-    def patch(value: Tensor, hook: object) -> Tensor:
-        value[:, position] = other[getattr(hook, "name", "")][:, position]
-        return value
-
-    clean = difference(model(tokens))
-    layers = range(model.schedule.segments["loop"])
-    changes = [
-        difference(
-            model.run_with_hooks(tokens, fwd_hooks=[(model.name("resid_post", iteration=t, layer=i), patch)])
-        )
-        - clean
-        for t in tqdm(range(model.recurrences), desc="patching", leave=False)
-        for i in layers
-    ]
-    return torch.tensor(changes).view(model.recurrences, len(layers))
 
 
 def grid_rows(grid: Tensor, first_layer: int) -> Iterable[str]:
@@ -126,7 +99,6 @@ def _report(
         raise typer.BadParameter(f"{prompt!r} and {other!r} have different numbers of tokens")
     right, wrong = (model.to_single_token(text) for text in answers)
     logits, cache = model.run_with_cache(tokens)
-    _, other_cache = model.run_with_cache(others, names_filter=model.names("resid_post", layer=slice(None)))
 
     say(f"1. The logit lens after each iteration of {prompt!r}, last position")
     say(f"   (cosine: to the state before it; rank: of {answers[0]!r})\n")
@@ -144,9 +116,20 @@ def _report(
     )
     say(f"   (iteration, layer) gets the residual stream of {other!r} ...\n")
     differs = (tokens != others)[0].nonzero().flatten().tolist() or [0]
-    for position in (differs[0], tokens.shape[1] - 1):
+    places = (differs[0], tokens.shape[1] - 1)
+    sweep = patch_sweep(
+        model,
+        tokens,
+        others,
+        LogitDiff(right, wrong),
+        site="resid_post",
+        over=("position", "iteration", "layer"),
+        direction="noising",
+        positions=places,
+    )
+    for position, grid in zip(places, sweep.effect, strict=True):
         say(f"   ... at {words[position]!r}")
-        for row in grid_rows(patch_grid(model, tokens, other_cache, (right, wrong), position), first):
+        for row in grid_rows(grid, first):
             say(row)
         say("")
 

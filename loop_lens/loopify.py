@@ -110,14 +110,19 @@ class WindowBody(LoopBody):
 
     def require_resumable(self, start: int, prelude_out: Tensor | None) -> dict[str, Any]:
         """The damped rules need states that a residual inside the loop does not contain."""
-        firing = self.schedule[start]
-        rule, inside = self.span.rule, firing.segment == "loop" and start > self.span.first
-        if inside and (rule in ("residual_scaled", "input_anchor") or (rule != "naive" and firing.layer > 0)):
+        if self.resume_at(start) != start:
             raise ValueError(
-                f"start_at_layer={start} is inside the loop, and the rule {rule!r} needs the state from which "
-                "the loop began: start at or before its first firing"
+                f"start_at_layer={start} is inside the loop, and the rule {self.span.rule!r} needs the state "
+                "from which the loop began: start at or before its first firing"
             )
         return {}
+
+    def resume_at(self, firing: int) -> int | None:
+        """Damped rules need the state that entered the iteration, or the loop."""
+        rule, place = self.span.rule, self.schedule[firing]
+        if rule == "naive" or place.segment != "loop" or firing <= self.span.first:
+            return firing
+        return self.span.first if rule in ("residual_scaled", "input_anchor") else firing - place.layer
 
     def call(self, slot: int, bare: Bare, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the next firing; from the window's last block, all further iterations."""
@@ -131,11 +136,11 @@ class WindowBody(LoopBody):
             run.notes["calls"] = []
             args, kwargs = with_hidden_states(self._enter(run, 0, x), args, kwargs)
         run.notes["calls"].append((bare, args, kwargs))
-        out = self.fire(run, self.schedule[slot], bare, args, kwargs)
+        out = self.fire(run, self.executed[slot], bare, args, kwargs)
         if slot < self.span.last:
             return out
         state = self._leave(run, 0, output_stream(out))
-        for t in range(1, self.schedule.loops["loop"].times):
+        for t in range(1, self.executed.loops["loop"].times):
             state = self._iterate(run, t, state)
         return map_output(lambda _: state, out)
 
@@ -144,7 +149,7 @@ class WindowBody(LoopBody):
         calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = run.notes["calls"]
         for layer, (bare, args, kwargs) in enumerate(calls):
             args, kwargs = with_hidden_states(stream, args, kwargs)
-            firing = self.schedule[self.span.first + t * len(calls) + layer]
+            firing = self.executed[self.span.first + t * len(calls) + layer]
             stream = output_stream(self.fire(run, firing, bare, args, kwargs))
         return self._leave(run, t, stream)
 
@@ -162,7 +167,7 @@ class WindowBody(LoopBody):
         return x if self.span.rule == "naive" else x.clone()
 
     def _leave(self, run: Run, t: int, out: Tensor) -> Tensor:
-        rule, alpha, times = self.span.rule, self.span.alpha or 0.0, self.schedule.loops["loop"].times
+        rule, alpha, times = self.span.rule, self.span.alpha or 0.0, self.executed.loops["loop"].times
         state, anchor = run.notes["state"], run.notes["anchor"]
         if rule == "residual_scaled" and t == times - 1:
             out = anchor + (out - anchor) / times

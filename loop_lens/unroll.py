@@ -8,6 +8,7 @@ run that firing differently. Nothing here depends on transformer-lens.
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 import warnings
 from collections import OrderedDict
@@ -18,8 +19,12 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 from transformers import Cache
+from transformers.masking_utils import create_causal_mask
 
 from loop_lens.schedule import Firing, Schedule
+
+CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""What transformers calls the key-value cache: 5.24 renamed it."""
 
 Module = TypeVar("Module", bound=nn.Module)
 Bare = Callable[..., Any]
@@ -78,6 +83,8 @@ class Run:
         start: Firings before this one are not run: the input passes through them.
         stop: The firing at which the forward ends, if any.
         residual: What enters the firing ``start`` instead of its input, if anything.
+        rows: Which prompt each row of the batch belongs to [batch], None where row i is prompt i.
+        offset: Positions before this forward's first, in its key-value cache.
         notes: Whatever an unroller's subclass keeps during one forward.
     """
 
@@ -85,7 +92,45 @@ class Run:
     start: int = 0
     stop: int | None = None
     residual: Tensor | None = None
+    rows: Tensor | None = None
+    offset: int = 0
     notes: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class Order:
+    """Iterations of the outermost loop that run in another order than they are named in.
+
+    Attributes:
+        executed: The schedule of what runs.
+        named: The firing, by its own name, of each firing that runs.
+        loop: The outermost loop.
+        order: The iterations' names, in the order in which they run.
+    """
+
+    executed: Schedule
+    named: tuple[Firing, ...]
+    loop: str
+    order: tuple[int, ...]
+
+    @classmethod
+    def of(cls, names: Schedule, executed: Schedule, order: tuple[int, ...]) -> Order:
+        """Match what runs with the names that it keeps."""
+        loop = names.main_loop
+        prefixes = [_renamed(firing.prefix, loop, order) for firing in executed]
+        return cls(executed, tuple(names.by_prefix[prefix] for prefix in prefixes), loop, order)
+
+    def name(self, site: str) -> str:
+        """The name of a site between blocks, from where it runs."""
+        return _renamed(site, self.loop, self.order)
+
+
+def _renamed(name: str, loop: str, order: tuple[int, ...]) -> str:
+    head, _, rest = name.partition(".")
+    if head != loop:
+        return name
+    t, _, tail = rest.partition(".")
+    return f"{loop}.{order[int(t)]}.{tail}"
 
 
 class FiringCountError(RuntimeError):
@@ -121,6 +166,7 @@ class Unroller:
             )
         self.trunk, self.blocks, self.schedule = trunk, list(blocks), schedule
         self.cache_slots = cache_slots
+        self.order: Order | None = None
         self.executor: Executor | None = None
         self.observer: Observer | None = None
         self._local = threading.local()
@@ -156,10 +202,11 @@ class Unroller:
         return runs[-1] if runs else None
 
     @contextmanager
-    def forward(self) -> Generator[Run, None, None]:
+    def forward(self, offset: int = 0) -> Generator[Run, None, None]:
         """Count the calls in this context as one forward. The trunk's slot enters it by itself."""
         runs: list[Run] = self._local.__dict__.setdefault("runs", [])
-        run = Run([0] * len(self.blocks), **self._local.__dict__.pop("window", {}))
+        window = self._local.__dict__.pop("window", {})
+        run = Run([0] * len(self.blocks), offset=offset, **window)
         runs.append(run)
         try:
             yield run
@@ -168,10 +215,14 @@ class Unroller:
 
     @contextmanager
     def window(
-        self, start: int = 0, stop: int | None = None, residual: Tensor | None = None
+        self,
+        start: int = 0,
+        stop: int | None = None,
+        residual: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Generator[None, None, None]:
         """Run only the firings ``start`` to ``stop`` (excluded) in the next forward of this thread."""
-        self._local.window = {"start": start, "stop": stop, "residual": residual}
+        self._local.window = {"start": start, "stop": stop, "residual": residual, "rows": rows}
         try:
             yield
         finally:
@@ -183,14 +234,19 @@ class Unroller:
         if run is None:
             return bare(*args, **kwargs)
         visit = run.calls[slot]
-        visits = self.schedule.visits[slot]
+        visits = self.executed.visits[slot]
         if visit >= len(visits):
             raise FiringCountError(
                 f"block {slot} was called more than {len(visits)} times in one forward, "
                 "but the schedule has no more firings of it: give the schedule that the model runs"
             )
         run.calls[slot] += 1
-        return self.fire(run, self.schedule[visits[visit]], bare, args, kwargs)
+        return self.fire(run, self.executed[visits[visit]], bare, args, kwargs)
+
+    @property
+    def executed(self) -> Schedule:
+        """What runs: the schedule, unless iterations run in another order than named."""
+        return self.schedule if self.order is None else self.order.executed
 
     def fire(
         self, run: Run, firing: Firing, bare: Bare, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -206,11 +262,13 @@ class Unroller:
             kwargs = {key: self._slotted(value, firing) for key, value in kwargs.items()}
         if self.executor is None:
             return bare(*args, **kwargs)
-        return self.executor(run, firing, bare, args, kwargs)
+        named = firing if self.order is None else self.order.named[firing.index]
+        return self.executor(run, named, bare, args, kwargs)
 
     def wants(self, site: str) -> bool:
         """Whether the observer would see this site's value in the forward under way."""
         run = self.run
+        site = site if self.order is None else self.order.name(site)
         if self.observer is None or run is None or not self.observer.wants(site):
             return False
         # What comes before the first firing that runs is computed from a stand-in.
@@ -218,13 +276,15 @@ class Unroller:
 
     def site(self, name: str, value: Tensor) -> Tensor:
         """Pass a value between blocks to the observer, who may replace it."""
-        return self.observer.see(name, value) if self.observer and self.wants(name) else value
+        if self.observer is None or not self.wants(name):
+            return value
+        return self.observer.see(name if self.order is None else self.order.name(name), value)
 
     def _slotted(self, value: Any, firing: Firing) -> Any:
         return self._cache_slot(value, firing) if isinstance(value, Cache) else value
 
     def _cache_slot(self, cache: Cache, firing: Firing) -> CacheSlot:
-        visits = self.schedule.visits[firing.block]
+        visits = self.executed.visits[firing.block]
         if firing.index == visits[0]:
             return CacheSlot(cache, firing.block, firing.block)
         later = self._later_slots.get(firing.index, 0)
@@ -233,10 +293,10 @@ class Unroller:
     @property
     def _later_slots(self) -> dict[int, int]:
         known: tuple[Schedule, dict[int, int]] | None = self.__dict__.get("_slot_table")
-        if known is None or known[0] is not self.schedule:
-            first = {visits[0] for visits in self.schedule.visits if visits}
-            later = (firing.index for firing in self.schedule if firing.index not in first)
-            known = (self.schedule, {index: k for k, index in enumerate(later)})
+        if known is None or known[0] is not self.executed:
+            first = {visits[0] for visits in self.executed.visits if visits}
+            later = (firing.index for firing in self.executed if firing.index not in first)
+            known = (self.executed, {index: k for k, index in enumerate(later)})
             self.__dict__["_slot_table"] = known
         return known[1]
 
@@ -258,6 +318,23 @@ class LoopBody(Unroller):
         """Change the numbers of iterations, by loop name."""
         self.schedule = self.schedule.with_times(**times)
 
+    @contextmanager
+    def reordered(self, order: tuple[int, ...]) -> Generator[None, None, None]:
+        """Run the outermost loop's iterations in another order; see `Order`."""
+        if self.order is not None:
+            raise RuntimeError("the iterations run in another order already: leave that context first")
+        names = self.schedule
+        loop = names.main_loop
+        self.set_times(**{loop: len(order)})
+        executed, self.schedule = self.schedule, names
+        self.order = Order.of(names, executed, order)
+        try:
+            yield
+        finally:
+            self.order = None
+            self.set_times(**{loop: names.loops[loop].times})
+            self.schedule = names
+
     def require_resumable(self, start: int, prelude_out: Tensor | None) -> dict[str, Any]:
         """What the model's forward needs besides the residual to begin at the firing ``start``.
 
@@ -265,6 +342,27 @@ class LoopBody(Unroller):
             ValueError: If the residual alone does not determine the rest.
         """
         return {}
+
+    def resume_at(self, firing: int) -> int | None:
+        """The last firing up to ``firing`` from which a forward can be resumed, None for none."""
+        return firing
+
+    @property
+    def injects(self) -> bool:
+        """Whether iterations are given the prelude's output again."""
+        return False
+
+    def injection(self, state: Tensor, injected: Tensor, prelude_out: Tensor) -> Tensor:
+        """What was injected into ``state``, given what came of it; all [batch pos d_model].
+
+        Raises:
+            ValueError: If the model has no injection.
+        """
+        raise ValueError("this model's loop has no injection: the state is all that enters an iteration")
+
+    def inject(self, state: Tensor, e: Tensor) -> Tensor:
+        """The state [batch pos d_model] after the injection of e [batch pos d_model]."""
+        return state + e
 
     @property
     def initial_state(self) -> Any:
@@ -330,7 +428,7 @@ class TrunkSlot(_Slot):
     """The module whose forward calls the blocks."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._unroller.forward():
+        with self._unroller.forward(past_length(args, kwargs)):
             return super().__call__(*args, **kwargs)
 
 
@@ -356,6 +454,12 @@ def _own_class(module: nn.Module) -> type[nn.Module]:
     if not isinstance(module, _Slot):
         return type(module)
     return next(c for c in type(module).__mro__[1:] if not issubclass(c, _Slot))
+
+
+def past_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Positions in the key-value cache that a call passes, under whatever name; 0 without one."""
+    caches = (value for value in (*kwargs.values(), *args) if isinstance(value, Cache))
+    return next((int(cache.get_seq_length()) for cache in caches), 0)
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import HrmTextForCausalLM
 
 from loop_lens.schedule import Blocks, Loop, Schedule, Sequence
-from loop_lens.unroll import LoopBody, TrunkSlot, put_slot, take_slot
+from loop_lens.unroll import LoopBody, TrunkSlot, past_length, put_slot, take_slot
 
 _SITES = ("hook_state_in", "hook_injected", "hook_state_out")
 
@@ -75,6 +75,14 @@ class HrmBody(LoopBody):
             "start_at_layer does not work on HRM-Text: a block's input is the sum of two states, and the "
             "rest of the forward needs each of them. Patch H.{h}.hook_state_in or H.{h}.L.{l}.hook_state_in."
         )
+
+    def resume_at(self, firing: int) -> int | None:
+        """Nowhere, see `require_resumable`."""
+        return None
+
+    def injection(self, state: Tensor, injected: Tensor, prelude_out: Tensor) -> Tensor:
+        """The other stack's state, which is added."""
+        return injected - state
 
     def begin(self, embedding: Tensor) -> None:
         """Note the states before the first iteration."""
@@ -148,6 +156,6 @@ class HrmTrunkSlot(TrunkSlot):
         body = self._unroller
         assert isinstance(body, HrmBody)
         embedding: Tensor = body.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        with body.forward():
+        with body.forward(past_length((), kwargs)):
             body.begin(embedding)
             return super(TrunkSlot, self).__call__(inputs_embeds=embedding, **kwargs)

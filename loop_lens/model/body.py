@@ -53,6 +53,21 @@ class NativeBody(LoopBody):
         return {}
 
     @property
+    def injects(self) -> bool:
+        """Whether iterations are given the prelude's output again."""
+        return self.config.injection != "none"
+
+    def injection(self, state: Tensor, injected: Tensor, prelude_out: Tensor) -> Tensor:
+        """The prelude's output, at every iteration."""
+        if not self.injects:
+            return super().injection(state, injected, prelude_out)
+        return prelude_out
+
+    def inject(self, state: Tensor, e: Tensor) -> Tensor:
+        """The state after the model's own injection."""
+        return self.model.injection(state, e)
+
+    @property
     def initial_state(self) -> Any:
         """A seed, ``"zeros"`` or a state; None where the loop starts from the prelude's output."""
         return None if self.config.initial_state == "prelude" else self.model.initial_state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +23,9 @@ from transformers.models.llama.modeling_llama import (
 
 from loop_lens.model.config import LoopedConfig
 from loop_lens.model.state import InitialState, draw_initial_state
-from loop_lens.unroll import tied_clone
+from loop_lens.unroll import CACHE_NAME, tied_clone
 
 Site = Callable[[str, Tensor], Tensor]
-# transformers 5.24 renamed the argument.
-_CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -277,13 +274,14 @@ class LoopedModel(LoopedPreTrainedModel):
         use_cache: bool | None = None,
         prelude_output: Tensor | None = None,
         initial_state: Tensor | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Cache | None, Tensor | None, tuple[Tensor, ...]]:
         """Run all blocks. See `LoopedTransformer.forward` for the arguments.
 
         Returns:
             The final normed stream [batch pos d_model], the cache, the exit gate's logits
-            [iteration batch pos], and every firing's output.
+            [iteration batch pos], and every firing's output if asked for.
         """
         config, site = self.config, self.site
         if (input_ids is None) == (inputs_embeds is None):
@@ -294,7 +292,7 @@ class LoopedModel(LoopedPreTrainedModel):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device).unsqueeze(0)
-        named_cache: dict[str, Any] = {_CACHE: past_key_values}
+        named_cache: dict[str, Any] = {CACHE_NAME: past_key_values}
         mask = create_causal_mask(
             config=config,
             inputs_embeds=x,
@@ -314,7 +312,8 @@ class LoopedModel(LoopedPreTrainedModel):
         def run(blocks: nn.ModuleList, stream: Tensor) -> Tensor:
             for block in blocks:
                 stream = block(stream, **shared)
-                outputs.append(stream)
+                if output_hidden_states:
+                    outputs.append(stream)
             return stream
 
         e = run(self.prelude, x)
@@ -332,7 +331,7 @@ class LoopedModel(LoopedPreTrainedModel):
         for t in range(config.recurrences):
             state = site(f"loop.{t}.hook_state_in", state)
             if config.injection != "none":
-                state = site(f"loop.{t}.hook_injected", self.injection(state, e))
+                state = site(f"loop.{t}.hook_injected", self.injection(state, _rows_of(e, len(state))))
             state = run(self.core, state)
             last = t == config.recurrences - 1
             if config.loop_norm:
@@ -350,7 +349,9 @@ class LoopedModel(LoopedPreTrainedModel):
         state = run(self.coda, state)
         if not (config.loop_norm and not config.coda_layers):
             state = self.norm(state)
-        return state, past_key_values, torch.stack(gates) if gates else None, tuple(outputs)
+            # Rows that joined later have no gates of earlier iterations.
+        whole = all(gate.shape == state.shape[:-1] for gate in gates)
+        return state, past_key_values, torch.stack(gates) if gates and whole else None, tuple(outputs)
 
 
 class LoopedTransformer(LoopedPreTrainedModel, GenerationMixin):
@@ -413,6 +414,7 @@ class LoopedTransformer(LoopedPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             prelude_output=prelude_output,
             initial_state=initial_state,
+            output_hidden_states=output_hidden_states,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -428,11 +430,16 @@ class LoopedTransformer(LoopedPreTrainedModel, GenerationMixin):
         fields: dict[str, Any] = {
             "loss": loss,
             "logits": logits,
-            _CACHE: cache,
+            CACHE_NAME: cache,
             "hidden_states": firings if output_hidden_states else None,
             "exit_gate_logits": gates,
         }
         return LoopedOutput(**fields)
+
+
+def _rows_of(e: Tensor, n: int) -> Tensor:
+    """The prelude's output [batch pos d_model] for a batch that grew to n rows, all batches alike."""
+    return e if len(e) == n else e.repeat(n // len(e), 1, 1)
 
 
 def _no_site(name: str, value: Tensor) -> Tensor:

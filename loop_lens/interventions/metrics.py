@@ -1,0 +1,205 @@
+"""What a sweep measures: functions of logits [batch pos vocab], one value per prompt.
+
+Any callable on logits is a metric. Those here also say at which position they read, so that a sweep
+computes no logits that nobody reads, and take tokens as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+MetricLike = Callable[[Tensor], Any]
+Tokens = str | int | Sequence[str] | Sequence[int] | Tensor
+"""One token for all prompts, or one per prompt: as text that is a single token, or as an id."""
+
+_AS_IDS = {"tokens": True}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A function of the logits at one position.
+
+    Attributes:
+        position: Where it reads; the last position by default.
+    """
+
+    def at(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
+        """The metric, from the logits at its position."""
+        raise NotImplementedError
+
+    def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
+        """The metric, from all logits."""
+        return self.at(logits[:, self.where(logits.shape[1])])
+
+    def where(self, n_positions: int) -> int:
+        """Its position among so many, from 0."""
+        position: int = getattr(self, "position", -1)
+        if not -n_positions <= position < n_positions:
+            raise ValueError(
+                f"position {position} does not exist: the prompts have positions 0-{n_positions - 1}"
+            )
+        return position % n_positions
+
+    def bind(self, model: Any) -> Self:
+        """The same metric with its tokens as ids.
+
+        Raises:
+            ValueError: If a text is not a single token of the model.
+        """
+        changed = {
+            f.name: _token_ids(model, getattr(self, f.name)) for f in fields(self) if f.metadata.get("tokens")
+        }
+        return replace(self, **changed) if changed else self
+
+
+def _token_ids(model: Any, tokens: Tokens) -> Int[Tensor, " batch"]:
+    if isinstance(tokens, Tensor):
+        return tokens.reshape(-1)
+    several = [tokens] if isinstance(tokens, str | int) else list(tokens)
+    return torch.tensor([_token_id(model, token) for token in several])
+
+
+def _token_id(model: Any, token: str | int) -> int:
+    vocab = model.cfg.d_vocab
+    if isinstance(token, int):
+        if not 0 <= token < vocab:
+            raise ValueError(f"token {token} does not exist: the vocabulary has tokens 0-{vocab - 1}")
+        return token
+    if model.tokenizer is None:
+        raise ValueError(f"the model has no tokenizer, so the token {token!r} must be given as an id")
+    ids = model.to_tokens(token, prepend_bos=False)[0].tolist()
+    if len(ids) != 1:
+        pieces = [model.to_single_str_token(i) for i in ids]
+        raise ValueError(f"{token!r} is {len(ids)} tokens, {pieces}: give a single token, or its id")
+    return ids[0]
+
+
+def _pick(values: Tensor, tokens: Any) -> Tensor:
+    """Values [batch vocab] at each prompt's token."""
+    index = torch.as_tensor(tokens, device=values.device).reshape(-1)
+    if len(index) not in (1, len(values)):
+        raise ValueError(f"{len(index)} tokens for {len(values)} prompts: give one, or one per prompt")
+    return values.gather(-1, index.expand(len(values)).unsqueeze(-1)).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class LogitDiff(Metric):
+    """Logit of one token minus that of another.
+
+    Attributes:
+        correct: The token that counts as right.
+        wrong: The one that counts as wrong.
+        position: Where to read.
+    """
+
+    correct: Tokens = field(metadata=_AS_IDS)
+    wrong: Tokens = field(metadata=_AS_IDS)
+    position: int = -1
+
+    def at(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
+        return _pick(logits, self.correct) - _pick(logits, self.wrong)
+
+
+@dataclass(frozen=True)
+class Probability(Metric):
+    """Probability of a token; ``log=True`` for its natural logarithm.
+
+    Attributes:
+        token: The token.
+        position: Where to read.
+        log: Whether to give the logarithm.
+    """
+
+    token: Tokens = field(metadata=_AS_IDS)
+    position: int = -1
+    log: bool = False
+
+    def at(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
+        logprob = _pick(logits.float().log_softmax(-1), self.token)
+        return logprob if self.log else logprob.exp()
+
+
+@dataclass(frozen=True)
+class Rank(Metric):
+    """How many tokens have a higher logit than this one: 0 for the top token.
+
+    Attributes:
+        token: The token.
+        position: Where to read.
+    """
+
+    token: Tokens = field(metadata=_AS_IDS)
+    position: int = -1
+
+    def at(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
+        return (logits > _pick(logits, self.token).unsqueeze(-1)).sum(-1).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class KL(Metric):
+    """KL divergence, in nats, of a reference distribution from the model's: KL(reference || model).
+
+    Attributes:
+        reference: Logits [batch vocab] or [batch pos vocab] of the reference run.
+        position: Where to read.
+    """
+
+    reference: Tensor
+    position: int = -1
+
+    def at(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
+        reference = self.reference
+        if reference.ndim == 3:
+            reference = reference[:, self.where(reference.shape[1])]
+        wanted = reference.float().log_softmax(-1).to(logits.device)
+        got = logits.float().log_softmax(-1)
+        return (wanted.exp() * (wanted - got)).sum(-1).expand(len(logits))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Mean next-token cross-entropy, in nats, of each prompt.
+
+    Attributes:
+        tokens: The prompts' tokens [batch pos].
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+
+    def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
+        logprobs = logits[:, :-1].float().log_softmax(-1)
+        next_tokens = self.tokens[:, 1:].to(logits.device).unsqueeze(-1)
+        return -logprobs.gather(-1, next_tokens.expand(len(logits), -1, -1)).squeeze(-1).mean(-1)
+
+
+def bind(metric: MetricLike, model: Any) -> MetricLike:
+    """A metric ready for a model; callables stay as they are."""
+    if not callable(metric):
+        raise TypeError(
+            f"metric is a {type(metric).__name__}: give a function of logits [batch pos vocab], or one of "
+            "LogitDiff, Probability, KL, Rank, Loss"
+        )
+    return metric.bind(model) if isinstance(metric, Metric) else metric
+
+
+def per_prompt(value: Any, batch: int) -> tuple[Tensor, bool]:
+    """A metric's value as a tensor, and whether it has one entry per prompt.
+
+    Raises:
+        ValueError: If it is neither a number nor one number per prompt.
+    """
+    result = torch.as_tensor(value)
+    if result.ndim == 0:
+        return result, False
+    if result.shape == (batch,):
+        return result, True
+    raise ValueError(
+        f"the metric returned a tensor of shape {tuple(result.shape)}, but it must return a number or one "
+        f"per prompt ({batch}): e.g. reduce over positions, logits[:, -1]"
+    )

@@ -1,0 +1,310 @@
+"""Path patching: the effect of one site through chosen paths only.
+
+A sender gets the donor run's value. Every attention and MLP output after it is held at its value of
+the base run, except those of the mediators, and the receivers' values in that run are what reached
+them: directly through the stream (norms, injections and ends of iterations included) or through
+mediators. A second run gives one receiver that value, and is free otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from loop_lens.bridge import HookedLoopedTransformer
+from loop_lens.figures import heatmap, new_figure
+from loop_lens.interventions.metrics import MetricLike, bind, per_prompt
+from loop_lens.interventions.sites import Spot, n_heads, spots
+from loop_lens.interventions.sweep import Direction, Prompts
+from loop_lens.schedule import Firing, Iteration
+
+Hook = tuple[str, Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One site of one firing, or one head of it.
+
+    Attributes:
+        site: ``"z"``, ``"q"``, ``"k"``, ``"v"``, ``"attn_out"``, ``"mlp_out"``, ``"resid_pre"``, ...
+        iteration: Iteration; None outside loops.
+        layer: Layer within the segment.
+        head: Head, for sites that have heads; all of them by default.
+        segment: Segment; the innermost loop by default.
+    """
+
+    site: str
+    iteration: Iteration = None
+    layer: int = 0
+    head: int | None = None
+    segment: str | None = None
+
+    def __str__(self) -> str:
+        where = [] if self.segment is None else [self.segment]
+        where += [] if self.iteration is None else [f"t{self.iteration}"]
+        where += [f"l{self.layer}", self.site]
+        return ".".join(where) + ("" if self.head is None else f".h{self.head}")
+
+    def spot(self, model: HookedLoopedTransformer) -> Spot:
+        """Where it is.
+
+        Raises:
+            UnknownNameError: If the model has no such site.
+            ValueError: If it has no such head.
+        """
+        segment = self.segment or model.schedule.innermost_loop
+        found = spots(model, self.site, iteration=self.iteration, layer=self.layer, segment=segment)[0]
+        if self.head is not None:
+            if found.layout == "stream":
+                raise ValueError(f"{self} names a head, but {self.site} has none")
+            n = n_heads(model, found.name)
+            if not 0 <= self.head < n:
+                raise ValueError(f"{self} does not exist: {self.site} has heads 0-{n - 1}")
+        return found
+
+    def part(self, layout: str) -> tuple[Any, ...]:
+        """The index of its head in a value."""
+        if self.head is None:
+            return (slice(None),)
+        return (slice(None), self.head) if layout == "pattern" else (slice(None), slice(None), self.head)
+
+
+@dataclass(frozen=True)
+class PathResult:
+    """A metric under path patches.
+
+    Attributes:
+        values: The metric, averaged over prompts [sender receiver].
+        senders: The senders.
+        receivers: The receivers; None for the logits.
+        clean: The metric of the clean run.
+        corrupted: The metric of the corrupted run.
+        direction: ``"denoising"`` or ``"noising"``.
+    """
+
+    values: Tensor
+    senders: tuple[Node, ...]
+    receivers: tuple[Node | None, ...]
+    clean: float
+    corrupted: float
+    direction: str
+
+    @property
+    def effect(self) -> Tensor:
+        """Change of the metric by each path [sender receiver]."""
+        return self.values - (self.corrupted if self.direction == "denoising" else self.clean)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per sender and receiver: value and effect."""
+        receivers = [_text(receiver) for receiver in self.receivers]
+        return pd.DataFrame(
+            [
+                {"sender": str(sender), "receiver": receiver, "value": value, "effect": effect}
+                for sender, values, effects in zip(
+                    self.senders, self.values.tolist(), self.effect.tolist(), strict=True
+                )
+                for receiver, value, effect in zip(receivers, values, effects, strict=True)
+            ]
+        )
+
+    def plot(self) -> Any:
+        """A heat map of the effects; a matplotlib figure, not shown."""
+        figure, axes = new_figure(
+            2 + 0.4 * max(4, len(self.receivers)), 1.5 + 0.3 * max(3, len(self.senders))
+        )
+        image = heatmap(
+            axes,
+            self.effect.cpu(),
+            rows=[str(s) for s in self.senders],
+            columns=[_text(r) for r in self.receivers],
+            row_name="sender",
+            column_name="receiver",
+        )
+        figure.colorbar(image, ax=axes, label="change of the metric")
+        return figure
+
+
+def _text(receiver: Node | None) -> str:
+    return "logits" if receiver is None else str(receiver)
+
+
+@torch.no_grad()
+def path_patch(
+    model: HookedLoopedTransformer,
+    clean: Any,
+    corrupted: Any,
+    metric: MetricLike,
+    *,
+    senders: Node | Sequence[Node],
+    receivers: Node | Sequence[Node | None] | None = None,
+    mediators: Sequence[Node] | Literal["all"] = (),
+    direction: Direction = "denoising",
+    progress: bool = True,
+) -> PathResult:
+    """Patch paths between sites, of the same or of different iterations.
+
+    Args:
+        model: The model.
+        clean: As in `loop_lens.patch_sweep`.
+        corrupted: As there.
+        metric: As there.
+        senders: Sites that get the donor's value, one at a time: ``Node("z", iteration=0, layer=1, head=3)``.
+        receivers: Sites that read what comes of it, one at a time: ``Node("q", iteration=2, layer=0,
+            head=1)``; None for the logits.
+        mediators: Attention (``"attn_out"``, or ``"z"`` with a head) and MLPs (``"mlp_out"``) on the way
+            that may pass on what reaches them. None of them: direct paths. ``"all"``: every path, which
+            for the logits is the plain patch of the sender.
+        direction: As in `loop_lens.patch_sweep`.
+        progress: Whether to show a progress bar, for work beyond two seconds.
+
+    Raises:
+        ValueError: If a receiver fires before a sender, or a mediator is neither attention nor MLP.
+        UnknownNameError: If a node does not exist.
+
+    Source:
+        Wang et al., arXiv 2211.00593, appendix B; here the stream between sender and receiver keeps the
+        norms and injections of the loop, so "direct" holds on streams that are not one sum, too.
+    """
+    measure = bind(metric, model)
+    prompts = Prompts.of(model, clean, corrupted, direction)
+    froms = (senders,) if isinstance(senders, Node) else tuple(senders)
+    tos = (receivers,) if isinstance(receivers, Node) or receivers is None else tuple(receivers)
+    if not froms or not tos:
+        raise ValueError("give at least one sender and one receiver (None for the logits)")
+    _require_order(model, froms, tos)
+    held = _held(model, mediators)
+    places = {node: node.spot(model) for node in (*froms, *tos) if node is not None}
+    names = [*dict.fromkeys([*(s.name for s in places.values()), *(name for name, _ in held)])]
+    donor_logits, donor = model.run_with_cache(
+        prompts.donor, names_filter=[places[node].name for node in froms]
+    )
+    base_logits, base = model.run_with_cache(prompts.base, names_filter=names)
+    plain = [_mean(measure, logits, len(prompts.base)) for logits in (donor_logits, base_logits)]
+    values = torch.full((len(froms), len(tos)), float("nan"))
+    with tqdm(total=values.numel(), desc="paths", delay=2, disable=not progress, leave=False) as bar:
+        for i, sender in enumerate(froms):
+            where = places[sender]
+            patch = _put(sender, where, donor[where.name])
+            seen: dict[str, Tensor] = {}
+            hooks: list[Hook] = [(where.name, patch)]
+            if mediators != "all":
+                hooks += _hold(model, held, base, where)
+            hooks += [(places[n].name, _see(seen, places[n].name)) for n in tos if n is not None]
+            logits = model.run_with_hooks(prompts.base, fwd_hooks=hooks)
+            for j, receiver in enumerate(tos):
+                if receiver is None:
+                    values[i, j] = _mean(measure, logits, len(prompts.base))
+                else:
+                    there = places[receiver]
+                    reached = [(there.name, _put(receiver, there, seen[there.name]))]
+                    values[i, j] = _mean(
+                        measure, model.run_with_hooks(prompts.base, fwd_hooks=reached), len(prompts.base)
+                    )
+                bar.update()
+    denoising = direction == "denoising"
+    return PathResult(
+        values=values,
+        senders=froms,
+        receivers=tos,
+        clean=plain[0] if denoising else plain[1],
+        corrupted=plain[1] if denoising else plain[0],
+        direction=direction,
+    )
+
+
+def _mean(measure: MetricLike, logits: Tensor, n: int) -> float:
+    return float(per_prompt(measure(logits), n)[0].float().mean())
+
+
+def _require_order(
+    model: HookedLoopedTransformer, senders: Sequence[Node], receivers: Sequence[Node | None]
+) -> None:
+    for sender in senders:
+        for receiver in receivers:
+            if receiver is None:
+                continue
+            if receiver.spot(model).first_firing(model) < sender.spot(model).first_firing(model):
+                raise ValueError(f"{receiver} fires before {sender}: nothing can reach it")
+
+
+def _held(
+    model: HookedLoopedTransformer, mediators: Sequence[Node] | Literal["all"]
+) -> list[tuple[str, list[int]]]:
+    """Hooks to hold, each with the heads that stay free; none where mediators are all."""
+    if mediators == "all":
+        return []
+    free: dict[tuple[str, str], list[int | None]] = {}
+    for node in mediators:
+        assert isinstance(node, Node)
+        kind = {"attn_out": "attn", "z": "attn", "mlp_out": "mlp"}.get(node.site)
+        place = node.spot(model).place
+        if kind is None or not isinstance(place, Firing):
+            raise ValueError(f"the mediator {node} is neither attention (attn_out, z) nor an MLP (mlp_out)")
+        free.setdefault((place.prefix, kind), []).append(node.head)
+    held: list[tuple[str, list[int]]] = []
+    for firing in model.schedule:
+        heads = free.get((firing.prefix, "attn"))
+        if heads is None:
+            held.append((model.flat_name(f"{firing.prefix}.hook_attn_out"), []))
+        elif None not in heads:
+            held.append(
+                (model.flat_name(f"{firing.prefix}.attn.hook_z"), [h for h in heads if h is not None])
+            )
+        if (firing.prefix, "mlp") not in free:
+            held.append((model.flat_name(f"{firing.prefix}.hook_mlp_out"), []))
+    return held
+
+
+def _hold(
+    model: HookedLoopedTransformer, held: Sequence[tuple[str, list[int]]], base: Any, sender: Spot
+) -> list[Hook]:
+    """Hooks that hold what comes after the sender."""
+    start = sender.first_firing(model)
+    own = sender.name.rsplit(".", 1)[-1]
+    within = own not in ("hook_resid_pre", "hook_in")  # part of its own attention or MLP
+    hooks: list[Hook] = []
+    for name, free in held:
+        firing = model.locate(name).place
+        assert isinstance(firing, Firing)
+        if firing.index < start or name == sender.name:
+            continue
+        is_attn = "attn" in name
+        in_attn = ".attn." in sender.name or own in ("hook_attn_out",)
+        if firing.index == start and within and isinstance(sender.place, Firing) and is_attn == in_attn:
+            continue
+        hooks.append((name, _fix(base[name], free)))
+    return hooks
+
+
+def _fix(value: Tensor, free: list[int]) -> Callable[..., Tensor]:
+    def fix(now: Tensor, hook: Any) -> Tensor:
+        fixed = value.to(now.dtype).clone()
+        if free:
+            fixed[:, :, free] = now[:, :, free]
+        return fixed
+
+    return fix
+
+
+def _put(node: Node, where: Spot, value: Tensor) -> Callable[..., Tensor]:
+    part = node.part(where.layout)
+
+    def put(now: Tensor, hook: Any) -> Tensor:
+        now = now.clone()
+        now[part] = value[part]
+        return now
+
+    return put
+
+
+def _see(seen: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def see(value: Tensor, hook: Any) -> None:
+        seen[name] = value.clone()
+
+    return see
