@@ -11,7 +11,18 @@ from torch import Tensor
 
 import loop_lens
 from loop_lens import UnknownNameError, patch_sweep
-from loop_lens.interventions import KL, LogitDiff, Loss, Probability, Rank, ablate, skip, steer
+from loop_lens.interventions import (
+    KL,
+    LogitDiff,
+    Loss,
+    Probability,
+    Rank,
+    ablate,
+    noise,
+    skip,
+    steer,
+    transplant,
+)
 from loop_lens.interventions.engine import Engine
 from tests.interventions.models import MODELS, by_hand, difference, opened, prompts, wrapped
 from tests.oracles.twin import untied_twin
@@ -231,13 +242,16 @@ def test_foreign_hooks_are_respected_by_running_whole_forwards() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["huginn", "ouro", "hrm_text", "looped_llama", "given_state"])
-@pytest.mark.parametrize("kind", ["skip", "ablate", "steer"])
+@pytest.mark.parametrize("kind", ["skip", "ablate", "steer", "noise", "transplant"])
 def test_surgery_holds_inside_sweeps(name: str, kind: str) -> None:
     model = opened(name)
     clean, corrupted = prompts(model)
     first = model.schedule.iterations(model.schedule.innermost_loop)[1]
     vector = torch.randn(model.cfg.d_model)
+    _, elsewhere = model.run_with_cache(corrupted.flip(1))
     surgery = {
+        "noise": lambda: noise(model, 0.5, iterations=first),
+        "transplant": lambda: transplant(model, "mlp_out", source=first, to=first, cache=elsewhere),
         "skip": lambda: skip(model, first),
         "ablate": lambda: ablate(model, "z", iterations=first, layers=0, positions=[3, 5], heads=[1]),
         "steer": lambda: steer(model, vector, iterations=first, layers=0, positions=[4]),
