@@ -6,6 +6,8 @@ from loop_lens.checkpoint import UnsafeCheckpointError
 from loop_lens.families import UnknownFamilyError
 from loop_lens.families.weights import WeightsError
 from loop_lens.interventions.sweep import SweepResult, patch_sweep
+from loop_lens.lenses.attribution import attribute
+from loop_lens.lenses.readout import lens
 from loop_lens.model import LoopedConfig, LoopedTransformer
 from loop_lens.opening import boot, loopify, wrap
 from loop_lens.registration import register
@@ -33,7 +35,9 @@ __all__ = [
     "Unroller",
     "UnsafeCheckpointError",
     "WeightsError",
+    "attribute",
     "boot",
+    "lens",
     "loopify",
     "patch_sweep",
     "register",

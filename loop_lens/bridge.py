@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
@@ -149,7 +150,7 @@ class HookedLoopedTransformer(TransformerBridge):
 
     def _wire_anew(self, firing: Firing) -> Any:
         template: Any = (self.adapter.component_mapping or {})["blocks"]
-        block = tied_clone(template)
+        block = copy.deepcopy(template)  # holds no weights yet, and parts that are in no module tree
         block.set_original_component(tied_clone(self.body.blocks[firing.block]))
         setup_submodules(block, self.adapter, block.original_component)
         block._wire_ln1_module()

@@ -124,6 +124,15 @@ class WindowBody(LoopBody):
             return firing
         return self.span.first if rule in ("residual_scaled", "input_anchor") else firing - place.layer
 
+    def enter_coda(self, state: Tensor) -> Tensor:
+        """The state, except under the rule that scales the whole loop's change once at its end."""
+        if self.span.rule == "residual_scaled":
+            raise ValueError(
+                "under the rule 'residual_scaled' a state before the last iteration does not determine what "
+                "would enter the coda: run the model with at_recurrences instead"
+            )
+        return state
+
     def call(self, slot: int, bare: Bare, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the next firing; from the window's last block, all further iterations."""
         run = self.run

@@ -365,6 +365,24 @@ class LoopBody(Unroller):
         return state + e
 
     @property
+    def ends_normed(self) -> bool:
+        """Whether what leaves an iteration of the outermost loop has been through the final norm."""
+        return False
+
+    @property
+    def reads_iterations(self) -> bool:
+        """Whether the model was made to be read out after any iteration."""
+        return False
+
+    def enter_coda(self, state: Tensor) -> Tensor:
+        """What enters the coda, or the final norm, when the loop ends with a state [batch pos d_model].
+
+        Raises:
+            ValueError: If that takes more than the state.
+        """
+        return state
+
+    @property
     def initial_state(self) -> Any:
         """What the state before the first iteration is made from, None where there is no choice."""
         return None

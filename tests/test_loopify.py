@@ -62,6 +62,21 @@ def test_generation_matches_copied_layers(pair: Any) -> None:
 
 
 @torch.no_grad()
+def test_hooks_fire_in_their_own_firing(pair: Any) -> None:
+    looped, _ = pair
+    fired: list[tuple[int, str]] = []
+    inside = ("hook_resid_pre", "attn.hook_z", "hook_mlp_out", "hook_resid_post")
+    hooks = [
+        (f"blocks.{i}.{name}", lambda value, hook, key=(i, name): fired.append(key))
+        for i in range(len(ORDER))
+        for name in inside
+    ]
+    looped.run_with_hooks(TOKENS, fwd_hooks=hooks)
+    assert len(fired) == len(hooks)
+    assert [i for i, _ in fired] == sorted(i for i, _ in fired)
+
+
+@torch.no_grad()
 def test_blocks_hooked_inside_use_the_key_value_cache(pair: Any) -> None:
     # transformers 5.24 calls the cache by another name than transformer-lens 4.3 looks for.
     looped, oracle = pair

@@ -84,6 +84,16 @@ class HrmBody(LoopBody):
         """The other stack's state, which is added."""
         return injected - state
 
+    @property
+    def ends_normed(self) -> bool:
+        """Each stack ends in a norm."""
+        return True
+
+    @property
+    def reads_iterations(self) -> bool:
+        """The high-level state is what the model reads out."""
+        return True
+
     def begin(self, embedding: Tensor) -> None:
         """Note the states before the first iteration."""
         run = self.run

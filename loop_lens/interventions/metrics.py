@@ -6,7 +6,7 @@ computes no logits that nobody reads, and take tokens as text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from loop_lens.prompts import Tokens, token_ids
+
 MetricLike = Callable[[Tensor], Any]
-Tokens = str | int | Sequence[str] | Sequence[int] | Tensor
-"""One token for all prompts, or one per prompt: as text that is a single token, or as an id."""
 
 _AS_IDS = {"tokens": True}
 
@@ -53,31 +53,9 @@ class Metric:
             ValueError: If a text is not a single token of the model.
         """
         changed = {
-            f.name: _token_ids(model, getattr(self, f.name)) for f in fields(self) if f.metadata.get("tokens")
+            f.name: token_ids(model, getattr(self, f.name)) for f in fields(self) if f.metadata.get("tokens")
         }
         return replace(self, **changed) if changed else self
-
-
-def _token_ids(model: Any, tokens: Tokens) -> Int[Tensor, " batch"]:
-    if isinstance(tokens, Tensor):
-        return tokens.reshape(-1)
-    several = [tokens] if isinstance(tokens, str | int) else list(tokens)
-    return torch.tensor([_token_id(model, token) for token in several])
-
-
-def _token_id(model: Any, token: str | int) -> int:
-    vocab = model.cfg.d_vocab
-    if isinstance(token, int):
-        if not 0 <= token < vocab:
-            raise ValueError(f"token {token} does not exist: the vocabulary has tokens 0-{vocab - 1}")
-        return token
-    if model.tokenizer is None:
-        raise ValueError(f"the model has no tokenizer, so the token {token!r} must be given as an id")
-    ids = model.to_tokens(token, prepend_bos=False)[0].tolist()
-    if len(ids) != 1:
-        pieces = [model.to_single_str_token(i) for i in ids]
-        raise ValueError(f"{token!r} is {len(ids)} tokens, {pieces}: give a single token, or its id")
-    return ids[0]
 
 
 def _pick(values: Tensor, tokens: Any) -> Tensor:

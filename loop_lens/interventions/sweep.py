@@ -18,6 +18,7 @@ from loop_lens.interventions.engine import Abilities, Engine, Hooks
 from loop_lens.interventions.metrics import Metric, MetricLike, bind, per_prompt
 from loop_lens.interventions.plan import Batch, Cell, pack
 from loop_lens.interventions.sites import Layout, Spot, hook_of, n_heads, spot, spots
+from loop_lens.prompts import tokens_of, words_of
 
 AXES = ("iteration", "layer", "position", "head", "firing")
 Direction = Literal["denoising", "noising"]
@@ -183,7 +184,7 @@ class Prompts:
         if direction not in ("denoising", "noising"):
             raise ValueError(f"direction {direction!r} is unknown: choose 'denoising' or 'noising'")
         tokens = [
-            _tokens(model, prompts, name) for prompts, name in ((clean, "clean"), (corrupted, "corrupted"))
+            tokens_of(model, prompts, name) for prompts, name in ((clean, "clean"), (corrupted, "corrupted"))
         ]
         if len(tokens[0]) != len(tokens[1]):
             raise ValueError(f"{len(tokens[0])} clean and {len(tokens[1])} corrupted prompts do not pair up")
@@ -194,35 +195,7 @@ class Prompts:
                 "of equal length"
             )
         base = tokens[1] if direction == "denoising" else tokens[0]
-        return cls(tokens[0], tokens[1], direction, _words(model, base[0]))
-
-
-def _tokens(model: HookedLoopedTransformer, prompts: Any, name: str) -> Tensor:
-    if isinstance(prompts, Tensor):
-        tokens = prompts if prompts.ndim == 2 else prompts.unsqueeze(0)
-        if tokens.ndim != 2 or tokens.is_floating_point():
-            raise ValueError(
-                f"{name} must be text or tokens [prompt pos], got {prompts.dtype} {tuple(prompts.shape)}"
-            )
-    else:
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        each = [model.to_tokens(text) for text in texts]
-        lengths = {t.shape[1] for t in each}
-        if len(lengths) > 1:
-            raise ValueError(
-                f"the {name} prompts have {', '.join(map(str, sorted(lengths)))} tokens: give prompts of equal "
-                "length"
-            )
-        tokens = torch.cat(each)
-    if tokens.numel() == 0:
-        raise ValueError(f"{name} has no tokens")
-    return tokens.to(next(model.original_model.parameters()).device)
-
-
-def _words(model: HookedLoopedTransformer, tokens: Tensor) -> tuple[str, ...]:
-    if model.tokenizer is None:
-        return tuple(str(int(t)) for t in tokens)
-    return tuple(model.to_single_str_token(int(t)) for t in tokens)
+        return cls(tokens[0], tokens[1], direction, words_of(model, base[0]))
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,22 @@ class NativeBody(LoopBody):
         return self.model.injection(state, e)
 
     @property
+    def ends_normed(self) -> bool:
+        """Whether what leaves an iteration has been through the final norm."""
+        return self.config.loop_norm
+
+    @property
+    def reads_iterations(self) -> bool:
+        """Any number of iterations is one that the model may be asked for."""
+        return True
+
+    def enter_coda(self, state: Tensor) -> Tensor:
+        """The state through the norm and the projection after the loop, where there are any."""
+        if self.config.post_loop_norm:
+            state = self.model.__dict__["inner_norm"](state)
+        return self.model.state_projection(state) if self.config.state_projection else state
+
+    @property
     def initial_state(self) -> Any:
         """A seed, ``"zeros"`` or a state; None where the loop starts from the prelude's output."""
         return None if self.config.initial_state == "prelude" else self.model.initial_state
