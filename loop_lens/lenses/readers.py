@@ -7,7 +7,6 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from transformer_lens.tools.analysis import logit_readout
 
 from loop_lens.bridge import HookedLoopedTransformer
 from loop_lens.interventions.sites import Spot, spot, spots
@@ -96,8 +95,20 @@ def is_normed(model: HookedLoopedTransformer, at: Spot) -> bool:
 
 
 def read_stream(model: HookedLoopedTransformer, stream: Tensor, *, normed: bool) -> Tensor:
-    """Logits [... vocab] of a stream [... d_model]."""
-    return logit_readout(model, stream, apply_ln=not normed, chunk_size=max(1, stream[..., 0].numel())).values
+    """Logits [... vocab] of a stream [... d_model], by the model's own final norm and unembedding.
+
+    What ``transformer_lens.tools.analysis.logit_readout`` reads, without its statistics: a lens over
+    hundreds of sites takes its own in one pass.
+    """
+    if not normed:
+        stream = model.ln_final(stream)
+    logits = unembedding(model)(stream)
+    return model.adapter.apply_output_logits_transform(logits)
+
+
+def unembedding(model: HookedLoopedTransformer) -> Any:
+    """The unembedding itself, apart from its hook points."""
+    return getattr(model.unembed, "original_component", None) or model.unembed
 
 
 def sites_of(model: HookedLoopedTransformer, kind: str, sites: str | Sequence[str] | None) -> list[Spot]:

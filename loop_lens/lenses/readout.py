@@ -150,7 +150,7 @@ def _short(name: str) -> str:
 
 def _shown(word: str) -> str:
     """A token that a picture can show: dollar signs would be taken for formulas."""
-    return repr(word)[1:-1].replace("$", r"\$")
+    return "\N{OPEN BOX}" * len(word) if word.isspace() else repr(word)[1:-1].replace("$", r"\$")
 
 
 @torch.no_grad()
@@ -197,30 +197,33 @@ def lens(
         Logit lens: nostalgebraist (2020). Coda lens: Lu et al., arXiv 2507.02199.
     """
     found = sites_of(model, kind, sites)
-    if lens is not None:
-        lens.require(model, found)
     ids = tokens_of(model, tokens, "tokens")
     where = _positions(positions, ids.shape[1])
     read = reader(model, kind, where, lens)
+    if lens is not None:
+        lens.require(model, found)
     wanted = torch.tensor([], dtype=torch.long) if targets is None else token_ids(model, targets)
     if not 1 <= top_k <= model.cfg.d_vocab:
         raise ValueError(f"top_k must be 1 to {model.cfg.d_vocab}, got {top_k}")
-    final = final_logits(model, ids, where).float().log_softmax(-1)
-    rows: dict[str, _Row] = {}
+    final = final_logits(model, ids, where)
+    output = _Output.of(final)
+    kept = final.dtype if keep_logits else None
+    table = _Table.empty(len(found), output, len(wanted), top_k, kept)
     with tqdm(total=len(found), desc=f"{kind} lens", delay=2, disable=not progress, leave=False) as bar:
 
-        def look(at: Spot) -> Callable[[Tensor, Any], None]:
+        def look(site: int) -> Callable[[Tensor, Any], None]:
             def hook(value: Tensor, hook: Any) -> None:
-                rows[at.name] = _summarise(read(value, at), final, wanted, top_k, keep_logits)
+                _summarise(table, site, read(value, found[site]), output, wanted)
                 bar.update()
 
             return hook
 
-        model.run_with_hooks(ids, fwd_hooks=[(at.name, look(at)) for at in found], return_type=None)
-    missing = [at.name for at in found if at.name not in rows]
-    if missing:
-        raise ValueError(f"{missing[0]} did not fire in this forward: the lens has nothing to read there")
-    return _result(model, kind, found, where, ids, wanted, [rows[at.name] for at in found])
+        hooks = [(at.name, look(site)) for site, at in enumerate(found)]
+        model.run_with_hooks(ids, fwd_hooks=hooks, return_type=None)
+    if not all(table.filled):
+        missing = found[table.filled.index(False)].name
+        raise ValueError(f"{missing} did not fire in this forward: the lens has nothing to read there")
+    return _result(model, kind, found, where, ids, wanted, table)
 
 
 def _positions(positions: Sequence[int] | None, n: int) -> list[int]:
@@ -234,8 +237,12 @@ def _positions(positions: Sequence[int] | None, n: int) -> list[int]:
 
 
 @dataclass
-class _Row:
-    """What is kept of one site's logits."""
+class _Table:
+    """What is kept of all sites' logits.
+
+    Allocated at once: small results that come between large short-lived logits would keep the heap from
+    ever shrinking, and memory would grow with the number of sites after all.
+    """
 
     top_ids: Tensor
     top_probs: Tensor
@@ -244,31 +251,68 @@ class _Row:
     entropy: Tensor
     kl: Tensor
     logits: Tensor | None
+    filled: list[bool]
+
+    @classmethod
+    def empty(
+        cls, n_sites: int, output: _Output, n_targets: int, top_k: int, dtype: torch.dtype | None
+    ) -> _Table:
+        """A table to fill; with all logits if they have a dtype."""
+        *lead, vocab = output.probs.shape
+        shape = (n_sites, *lead)
+        return cls(
+            top_ids=torch.zeros(*shape, top_k, dtype=torch.long),
+            top_probs=torch.zeros(*shape, top_k),
+            ranks=torch.zeros(*shape, n_targets, dtype=torch.long),
+            probs=torch.zeros(*shape, n_targets),
+            entropy=torch.zeros(shape),
+            kl=torch.zeros(shape),
+            logits=None if dtype is None else torch.zeros(*shape, vocab, dtype=dtype),
+            filled=[False] * n_sites,
+        )
 
 
-def _summarise(logits: Tensor, final: Tensor, targets: Tensor, top_k: int, keep_logits: bool) -> _Row:
-    """Summarise logits [prompt pos vocab], a few rows at a time."""
-    flat, reference = logits.flatten(0, 1), final.flatten(0, 1)
-    parts: list[tuple[Tensor, ...]] = []
+@dataclass(frozen=True)
+class _Output:
+    """The model's own distribution [prompt pos vocab], and its negative entropy [prompt pos]."""
+
+    probs: Tensor
+    negative: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> _Output:
+        logprobs = logits.float().log_softmax(-1)
+        probs = logprobs.exp()
+        return cls(probs, (probs * logprobs).nan_to_num().sum(-1))
+
+
+def _summarise(table: _Table, site: int, logits: Tensor, output: _Output, targets: Tensor) -> None:
+    """Summarise one site's logits [prompt pos vocab], a few rows at a time.
+
+    With Z = log sum exp: entropy = Z - p . logits, and KL(q || p) = q . log q + Z - q . logits.
+    """
+    flat, probs, negative = logits.flatten(0, 1), output.probs.flatten(0, 1), output.negative.flatten()
     size = max(1, CHUNK // (4 * flat.shape[-1]))
     targets = targets.to(flat.device)
+    top_k = table.top_ids.shape[-1]
     for start in range(0, len(flat), size):
-        raw = flat[start : start + size].float()
-        logprobs, wanted = raw.log_softmax(-1), reference[start : start + size]
-        top = logprobs.topk(top_k, dim=-1)
+        rows = slice(start, start + size)
+        raw = flat[rows].float()
+        z = raw.logsumexp(-1)
+        top = raw.topk(top_k, dim=-1)
         at_targets = raw[:, targets]
-        ranks = (
-            torch.stack([(raw > column[:, None]).sum(-1) for column in at_targets.T], -1)
-            if len(targets)
-            else torch.zeros(len(raw), 0, dtype=torch.long)
-        )
-        probs = logprobs.exp()
-        entropy = -(probs * logprobs).nan_to_num().sum(-1)
-        kl = (wanted.exp() * (wanted - logprobs)).nan_to_num().sum(-1)
-        parts.append((top.indices, top.values.exp(), ranks, probs[:, targets], entropy, kl))
-    lead = logits.shape[:2]
-    joined = [torch.cat(part).reshape(*lead, *part[0].shape[1:]).cpu() for part in zip(*parts, strict=True)]
-    return _Row(*joined, logits=logits.cpu() if keep_logits else None)  # type: ignore[arg-type]
+        table.top_ids[site].flatten(0, 1)[rows] = top.indices.cpu()
+        table.top_probs[site].flatten(0, 1)[rows] = (top.values - z[:, None]).exp().cpu()
+        table.probs[site].flatten(0, 1)[rows] = (at_targets - z[:, None]).exp().cpu()
+        for k, column in enumerate(at_targets.T):
+            table.ranks[site].flatten(0, 1)[rows, k] = (raw > column[:, None]).sum(-1).cpu()
+        entropy = z - torch.linalg.vecdot(raw.softmax(-1), raw)
+        kl = negative[rows] + z - torch.linalg.vecdot(probs[rows], raw)
+        table.entropy[site].flatten()[rows] = entropy.cpu()
+        table.kl[site].flatten()[rows] = kl.clamp_min(0).cpu()
+    if table.logits is not None:
+        table.logits[site] = logits.cpu()
+    table.filled[site] = True
 
 
 def _result(
@@ -278,10 +322,9 @@ def _result(
     where: Sequence[int],
     ids: Tensor,
     targets: Tensor,
-    rows: Sequence[_Row],
+    table: _Table,
 ) -> LensResult:
-    top_ids = torch.stack([row.top_ids for row in rows])
-    known = {*top_ids.unique().tolist(), *targets.tolist()}
+    known = {*table.top_ids.unique().tolist(), *targets.tolist()}
     words = {int(i): words_of(model, torch.tensor([i]))[0] for i in known}
     places = [at.place for at in found]
     firings = [place if isinstance(place, Firing) else None for place in places]
@@ -296,15 +339,13 @@ def _result(
         segments=tuple(place.segment for place in places),
         positions=tuple(where),
         words=tuple(words_of(model, prompt[list(where)]) for prompt in ids),
-        top_ids=top_ids,
-        top_probs=torch.stack([row.top_probs for row in rows]),
+        top_ids=table.top_ids,
+        top_probs=table.top_probs,
         top_words=words,
         targets=targets,
-        target_ranks=torch.stack([row.ranks for row in rows]),
-        target_probs=torch.stack([row.probs for row in rows]),
-        entropy=torch.stack([row.entropy for row in rows]),
-        kl=torch.stack([row.kl for row in rows]),
-        logits=torch.stack([row.logits for row in rows if row.logits is not None])
-        if rows[0].logits is not None
-        else None,
+        target_ranks=table.ranks,
+        target_probs=table.probs,
+        entropy=table.entropy,
+        kl=table.kl,
+        logits=table.logits,
     )
