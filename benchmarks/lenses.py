@@ -10,17 +10,14 @@ takes; it must not grow with the number of iterations. Each in a process of its 
 from __future__ import annotations
 
 import argparse
-import gc
-import resource
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
+from memory import peak_of
 from torch import Tensor
 
 import loop_lens
@@ -41,29 +38,6 @@ def native(recurrences: int) -> tuple[Any, Tensor]:
         recurrences=recurrences,
     )
     return loop_lens.wrap(LoopedTransformer(config).eval()), torch.randint(0, 32000, (1, 64))
-
-
-def _resident() -> float:
-    """Resident memory of this process in MiB."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-
-
-def peak_of(run: Callable[[], Any]) -> float:
-    """Peak memory of a call in MiB, beyond what was there before."""
-    peak, done = [0.0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.0005):
-            peak[0] = max(peak[0], _resident())
-
-    gc.collect()
-    before = _resident()
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    run()
-    done.set()
-    watcher.join()
-    return peak[0] - before
 
 
 @torch.no_grad()

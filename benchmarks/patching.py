@@ -16,18 +16,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
-import resource
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformer_lens.patching as stock
+from memory import peak_of
 from torch import Tensor
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -219,19 +216,9 @@ def compare(
     )
 
 
-def _resident() -> float:
-    """Resident memory of this process in MiB."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-
-
 def _peak(budget: int, queue: Any) -> None:
     model, _, tokens = native()
     torch.set_num_threads(2)
-    peak, done = [0.0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.0005):
-            peak[0] = max(peak[0], _resident())
 
     def sweep(**options: Any) -> None:
         loop_lens.patch_sweep(
@@ -247,14 +234,7 @@ def _peak(budget: int, queue: Any) -> None:
         )
 
     sweep(positions=[-1])  # weights, plain runs, libraries
-    gc.collect()
-    before = _resident()
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    sweep()
-    done.set()
-    watcher.join()
-    queue.put(peak[0] - before)
+    queue.put(peak_of(sweep))
 
 
 def memory() -> None:

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from loop_lens.bridge import HookedLoopedTransformer
 from loop_lens.interventions.edits import active_edits, foreign_hooks
 from loop_lens.interventions.plan import Batch
-from loop_lens.interventions.sites import Spot
+from loop_lens.interventions.sites import Spot, spot
 from loop_lens.unroll import CACHE_NAME
 
 Hooks = list[tuple[str, Callable[..., Any]]]
@@ -110,24 +110,16 @@ class Engine:
         """The firing from which a forward must run to intervene at these spots; -1 for the tokens."""
         if not self.abilities.resumed:
             return -1
-        start = min(spot.first_firing(self.model) for spot in spots)
+        start = min(one.first_firing(self.model) for one in spots)
         # What an edit reads must fire in the same forward as the edit.
-        schedule = self.model.schedule
         for edit in active_edits(self.model):
-            here = self._reached(edit.name)
-            if here >= start:
-                start = min([start, *(self._reached(name) for name in edit.reads)])
+            if spot(self.model, edit.name).first_firing(self.model) >= start:
+                reads = (spot(self.model, name).first_firing(self.model) for name in edit.reads)
+                start = min([start, *reads])
         if start < 0:
             return -1
-        assert start < len(schedule)
         resumed = self.model.body.resume_at(start)
         return -1 if resumed is None else resumed
-
-    def _reached(self, name: str) -> int:
-        place, _ = self.model.locate(name)
-        if hasattr(place, "index"):
-            return place.index  # type: ignore[union-attr]
-        return self.model.schedule.fired_before(self.model.flat_name(name)) - 1
 
     def run_base(self, starts: Iterable[int], names: Sequence[str] = ()) -> Mapping[str, Tensor]:
         """Run the base prompts; keep what batches with these starts need.

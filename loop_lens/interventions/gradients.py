@@ -112,14 +112,13 @@ def attribution_sweep(
     each = effects + base_value if several else None
     mean = base_value.mean() if several else base_value
     effect = effects.mean(-1) if several else effects.sum(-1)
-    base, given = float(mean), float(donor_value.float().mean())
-    denoising = direction == "denoising"
+    clean_value, corrupted_value = prompts.by_role(float(mean), float(donor_value.float().mean()))
     return SweepResult(
         values=(effect + mean).reshape(grid.shape),
         axes=grid.axes,
         labels=grid.labels,
-        clean=given if denoising else base,
-        corrupted=base if denoising else given,
+        clean=clean_value,
+        corrupted=corrupted_value,
         site=site,
         direction=direction,
         per_prompt=None if each is None else each.reshape(*grid.shape, -1),

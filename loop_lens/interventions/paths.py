@@ -185,16 +185,13 @@ def path_patch(
         prompts.donor, names_filter=[places[node].name for node in froms]
     )
     base_logits, base = model.run_with_cache(prompts.base, names_filter=names)
-    plain = [_mean(measure, logits, len(prompts.base)) for logits in (donor_logits, base_logits)]
     values = torch.full((len(froms), len(tos)), float("nan"))
     with tqdm(total=values.numel(), desc="paths", delay=2, disable=not progress, leave=False) as bar:
         for i, sender in enumerate(froms):
             where = places[sender]
             patch = _put(sender, where, donor[where.name])
             seen: dict[str, Tensor] = {}
-            hooks: list[Hook] = [(where.name, patch)]
-            if mediators != "all":
-                hooks += _hold(model, held, base, where)
+            hooks: list[Hook] = [(where.name, patch), *_hold(model, held, base, where)]
             hooks += [(places[n].name, _see(seen, places[n].name)) for n in tos if n is not None]
             logits = model.run_with_hooks(prompts.base, fwd_hooks=hooks)
             for j, receiver in enumerate(tos):
@@ -207,13 +204,14 @@ def path_patch(
                         measure, model.run_with_hooks(prompts.base, fwd_hooks=reached), len(prompts.base)
                     )
                 bar.update()
-    denoising = direction == "denoising"
+    plain = (_mean(measure, logits, len(prompts.base)) for logits in (base_logits, donor_logits))
+    clean_value, corrupted_value = prompts.by_role(*plain)
     return PathResult(
         values=values,
         senders=froms,
         receivers=tos,
-        clean=plain[0] if denoising else plain[1],
-        corrupted=plain[1] if denoising else plain[0],
+        clean=clean_value,
+        corrupted=corrupted_value,
         direction=direction,
     )
 

@@ -168,6 +168,10 @@ class Prompts:
         """The tokens of the run that gives values."""
         return self.clean if self.direction == "denoising" else self.corrupted
 
+    def by_role(self, base: float, donor: float) -> tuple[float, float]:
+        """Two runs' metrics as those of the clean and of the corrupted run."""
+        return (donor, base) if self.direction == "denoising" else (base, donor)
+
     @property
     def first_difference(self) -> int:
         """First position at which any prompt's two versions differ, the length if none does."""
@@ -520,15 +524,13 @@ class _Sweep:
     def _writer(
         self, one: Spot, cells: list[tuple[int, Cell]], offset: int, n: int, states: list[Tensor]
     ) -> Callable[[Tensor, Any], Tensor]:
-        donor, body = self.donors[one.name], self.model.body
+        donor, body = _from(self.donors[one.name], one.layout, offset), self.model.body
 
         def write(value: Tensor, hook: Any) -> Tensor:
             value = value.clone()
             for k, cell in cells:
                 rows = slice(k * n, (k + 1) * n)
-                given = _from(donor, one.layout, offset)
-                if one.injection:
-                    given = body.inject(states[-1][rows], given)
+                given = body.inject(states[-1][rows], donor) if one.injection else donor
                 where = _where(one.layout, cell.position, cell.head, offset)
                 value[(rows, *where)] = given[(slice(None), *where)]
             return value
@@ -541,14 +543,13 @@ class _Sweep:
             self.each[index] = value.float()
 
     def _result(self) -> SweepResult:
-        base, donor = self.plain["base"], self.plain["donor"]
-        denoising = self.prompts.direction == "denoising"
+        clean, corrupted = self.prompts.by_role(self.plain["base"], self.plain["donor"])
         return SweepResult(
             values=self.values,
             axes=self.grid.axes,
             labels=self.grid.labels,
-            clean=donor if denoising else base,
-            corrupted=base if denoising else donor,
+            clean=clean,
+            corrupted=corrupted,
             site=self.site,
             direction=self.prompts.direction,
             per_prompt=self.each,

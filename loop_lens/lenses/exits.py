@@ -77,8 +77,7 @@ def exit_scores(
     Raises:
         ValueError: If the rule is unknown, or what it looks at is missing.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule {rule!r} is unknown: choose one of {', '.join(RULES)}")
+    _require_rule(rule)
     if rule == "gate":
         return exit_probabilities(_given(gate_logits, rule, "gate_logits")).cumsum(0)
     if rule in _READS_LOGITS:
@@ -92,6 +91,11 @@ def exit_scores(
     turn = (step[1:] - step[:-1]).norm(dim=-1) / step[1:].norm(dim=-1)
     # Twice in a row: the larger of two successive values.
     return _first(torch.maximum(turn[1:], turn[:-1]), x)
+
+
+def _require_rule(rule: str) -> None:
+    if rule not in RULES:
+        raise ValueError(f"rule {rule!r} is unknown: choose one of {', '.join(RULES)}")
 
 
 def _given(value: Tensor | None, rule: str, name: str) -> Tensor:
@@ -200,15 +204,13 @@ def exits(
     Raises:
         ValueError: If the rule is unknown, or the model has no gate for it.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule {rule!r} is unknown: choose one of {', '.join(RULES)}")
-    value = RULES[rule] if threshold is None else threshold
     said, scores = _watch(model, tokens, rule)
-    return _leave(rule, value, said, scores)
+    return _leave(rule, RULES[rule] if threshold is None else threshold, said, scores)
 
 
 def _watch(model: HookedLoopedTransformer, tokens: Any, rule: str) -> tuple[Tensor, Tensor]:
     """What is said after each iteration, and the rule's scores, both [iteration prompt pos]."""
+    _require_rule(rule)
     ids = tokens_of(model, tokens, "tokens")
     loop, times = model.schedule.main_loop, model.recurrences
     found = spots(model, "state_out", segment=loop)

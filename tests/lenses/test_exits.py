@@ -122,6 +122,8 @@ def test_bad_requests() -> None:
     tokens, _ = prompts(model)
     with pytest.raises(ValueError, match="rule 'soon' is unknown"):
         exits(model, tokens, rule="soon")
+    with pytest.raises(ValueError, match="rule 'soon' is unknown"):
+        exit_curve(model, tokens, rule="soon", thresholds=[0.1])
     with pytest.raises(ValueError, match="needs a model with an exit gate"):
         exits(model, tokens, rule="gate")
     with pytest.raises(ValueError, match="looks at states"):
