@@ -2,62 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from loop_lens.bridge import HookedLoopedTransformer
 from loop_lens.figures import new_figure
-from loop_lens.prompts import tokens_of
-from loop_lens.schedule import Iteration
+from loop_lens.moments import Collector, Moments, Over
+from loop_lens.results import Result, require_alike
+from loop_lens.schedule import Firing, Iteration
+from loop_lens.streaming import Batch, Ends, measure, shared
 
-STREAM = ("norm", "floor", "step", "relative_step", "step_cosine", "matrix_step")
-REFERRED = ("distance", "relative_distance", "cosine", "matrix_distance")
+STREAM = ("norm", "floor")
+STEP = ("step", "relative_step", "step_cosine")
+REFERRED = ("distance", "relative_distance", "cosine")
+DEGENERATE = ("degeneracy_cosine", "degeneracy_distance")
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
-class Convergence:
-    """Sums of each metric over tokens (or prompts, or heads), which merge exactly.
+class Convergence(Result):
+    """How each layer settles, per iteration.
 
     Attributes:
-        iterations: The loop's iterations, in order.
-        n_layers: Layers of the loop.
+        segment: The loop.
         reference: The number of iterations whose last states the distances are to, None without.
-        count: By metric, how many values went in [iteration layer].
-        total: By metric, their sum [iteration layer].
-        squares: By metric, the sum of their squares [iteration layer].
+        moments: Of each metric, over tokens (or prompts, or heads) [iteration layer].
     """
 
-    iterations: tuple[Iteration, ...]
-    n_layers: int
+    segment: str
     reference: int | None
-    count: dict[str, Tensor]
-    total: dict[str, Tensor]
-    squares: dict[str, Tensor]
+    moments: Moments
+
+    @property
+    def iterations(self) -> tuple[Iteration, ...]:
+        """The loop's iterations, in order."""
+        return self.moments.axes["iteration"]
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of the loop."""
+        return len(self.moments.axes["layer"])
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the metrics."""
-        return tuple(self.count)
+        return self.moments.metrics
 
-    def mean(self, metric: str) -> Tensor:
+    def mean(self, metric: str, *, over: Over = "values") -> Tensor:
         """Mean [iteration layer]; NaN where there is none (steps of the first iteration)."""
-        return self.total[self._known(metric)] / self.count[metric]
+        return self.moments.mean(metric, over=over)
 
-    def std(self, metric: str) -> Tensor:
-        """Standard deviation over what went in [iteration layer]."""
-        mean = self.mean(metric)
-        return (self.squares[metric] / self.count[metric] - mean**2).clamp_min(0).sqrt()
-
-    def _known(self, metric: str) -> str:
-        if metric not in self.count:
-            raise ValueError(f"metric {metric!r} is unknown: there are {', '.join(self.count)}")
-        return metric
+    def std(self, metric: str, *, over: Over = "values") -> Tensor:
+        """Standard deviation over what went in, or over prompts' means [iteration layer]."""
+        return self.moments.std(metric, over=over)
 
     def merge(self, other: Convergence) -> Convergence:
         """The result on both results' prompts.
@@ -65,42 +66,24 @@ class Convergence:
         Raises:
             ValueError: If they are of different loops or references.
         """
-        mine = (self.iterations, self.n_layers, self.reference, self.metrics)
-        if mine != (other.iterations, other.n_layers, other.reference, other.metrics):
-            raise ValueError("these results are of different loops, references or metrics: they do not merge")
-        sums = [
-            {metric: a[metric] + b[metric] for metric in a}
-            for a, b in (
-                (self.count, other.count),
-                (self.total, other.total),
-                (self.squares, other.squares),
-            )
-        ]
-        return Convergence(self.iterations, self.n_layers, self.reference, *sums)
+        require_alike(self, other, "segment", "reference")
+        return replace(self, moments=self.moments.merge(other.moments))
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per iteration and layer, with the mean and the spread of each metric."""
-        rows: list[dict[str, Any]] = []
-        means = {metric: self.mean(metric).tolist() for metric in self.metrics}
-        spreads = {metric: self.std(metric).tolist() for metric in self.metrics}
-        for i, iteration in enumerate(self.iterations):
-            for layer in range(self.n_layers):
-                row: dict[str, Any] = {"iteration": iteration, "layer": layer}
-                for metric in self.metrics:
-                    row[metric], row[f"{metric}_std"] = means[metric][i][layer], spreads[metric][i][layer]
-                rows.append(row)
-        return pd.DataFrame(rows)
+        """One row per iteration and layer, with the mean and the spreads of each metric."""
+        return self.moments.to_dataframe()
 
     def plot(self, metric: str = "relative_step") -> Any:
-        """One line per layer against the iteration; a matplotlib figure, not shown."""
-        values = self.mean(metric)
+        """One line per layer against the iteration, one prompt spread around it; a figure, not shown."""
+        values, spread = self.mean(metric), self.std(metric, over="prompts")
         figure, axes = new_figure(6, 3.2)
+        at = list(range(len(self.iterations)))
         for layer in range(self.n_layers):
-            axes.plot(range(len(self.iterations)), values[:, layer], "-", label=f"layer {layer}")
+            (line,) = axes.plot(at, values[:, layer], "-", label=f"layer {layer}")
+            low, high = values[:, layer] - spread[:, layer], values[:, layer] + spread[:, layer]
+            axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         if metric in ("step", "distance"):
-            axes.plot(
-                range(len(self.iterations)), self.mean("floor")[:, 0], ":", color="gray", label="rounding"
-            )
+            axes.plot(at, self.mean("floor")[:, 0], ":", color="gray", label="rounding")
         if "cosine" not in metric:
             axes.set_yscale("log")
         axes.set(xlabel="iteration", ylabel=metric.replace("_", " "))
@@ -108,7 +91,123 @@ class Convergence:
         return figure
 
 
-@torch.no_grad()
+class ConvergenceProbe:
+    """Measures `Convergence` in a run of `loop_lens.streaming.measure`.
+
+    Args:
+        model: The model, at the number of iterations to measure.
+        reference: As in `convergence`; the same must be given to ``measure``.
+        patterns: Whether to measure attention, too.
+        segment: The loop; the innermost by default.
+
+    Raises:
+        ValueError: If the loop runs once only.
+    """
+
+    def __init__(
+        self,
+        model: HookedLoopedTransformer,
+        *,
+        reference: int | None = None,
+        patterns: bool = True,
+        segment: str | None = None,
+    ) -> None:
+        schedule = model.schedule
+        self.segment = segment or schedule.innermost_loop
+        schedule.require_segment(self.segment)
+        iterations = schedule.iterations(self.segment)
+        if len(iterations) < 2:
+            raise ValueError("convergence needs at least two iterations: set_recurrences(2) or more")
+        self.reference = reference
+        self.hooks: tuple[str, ...] = ("resid_post", "pattern") if patterns else ("resid_post",)
+        self._at: dict[Iteration, int] = {t: i for i, t in enumerate(iterations)}
+        self._slices: dict[str, slice] = {}
+        names: list[str] = []
+        groups: list[tuple[str, tuple[str, ...]]] = [
+            ("stream", STREAM),
+            ("step", STEP),
+            ("matrix_step", ("matrix_step",)),
+        ]
+        if reference:
+            groups += [
+                ("distance", REFERRED),
+                ("matrix_distance", ("matrix_distance",)),
+                ("degeneracy", DEGENERATE),
+            ]
+        if patterns:
+            groups.append(("pattern_step", ("pattern_step",)))
+            if reference:
+                groups.append(("pattern_distance", ("pattern_distance",)))
+        for group, metrics in groups:
+            self._slices[group] = slice(len(names), len(names) + len(metrics))
+            names += metrics
+        layers = range(schedule.segments[self.segment])
+        self._collector = Collector(names, {"iteration": iterations, "layer": layers})
+        self._before: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        self._ends: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+
+    def wants(self, hook: str, firing: Firing) -> bool:
+        """The loop's own blocks."""
+        return firing.segment == self.segment
+
+    def begin(self, batch: Batch, ends: Ends) -> None:
+        """Start a batch."""
+        self._mask = batch.mask
+        self._collector.begin(len(batch.tokens), batch.tokens.device)
+        self._before = {}
+        self._ends = {}
+        for (hook, segment, layer), value in ends.items():
+            if segment == self.segment:
+                wide = value.float()
+                self._ends[hook, layer] = (wide, wide.norm(dim=-1))
+
+    def see(self, hook: str, firing: Firing, value: Tensor) -> None:
+        """Compare with the iteration before, and with the reference."""
+        cell = (self._at[firing.iteration], firing.layer)
+        before, end = self._before.get((hook, firing.layer)), self._ends.get((hook, firing.layer))
+        x = value.float()
+        if hook == "pattern":
+            for group, other in (("pattern_step", before), ("pattern_distance", end)):
+                if other is not None:
+                    rows = (x - other[0]).norm(dim=-1) * self._mask[:, None]
+                    self._collector.put(self._slices[group], cell, rows.norm(dim=-1).unsqueeze(0))
+            self._before[hook, firing.layer] = (x, x)
+            return
+        norm = x.norm(dim=-1)
+        self._put("stream", cell, torch.stack([norm, norm * torch.finfo(value.dtype).eps]))
+        for group, other in (("step", before), ("distance", end)):
+            if other is not None:
+                far = (x - other[0]).norm(dim=-1)
+                cosine = torch.linalg.vecdot(x, other[0]) / (norm * other[1]).clamp_min(_TINY)
+                self._put(group, cell, torch.stack([far, far / norm.clamp_min(_TINY), cosine]))
+                whole = (far * self._mask).norm(dim=-1)
+                self._collector.put(self._slices[f"matrix_{group}"], cell, whole[None, :, None])
+        if end is not None and firing.layer == 0:
+            self._put("degeneracy", cell, self._degeneracy(x, norm))
+        self._before[hook, firing.layer] = (x, norm)
+
+    def _degeneracy(self, x: Tensor, norm: Tensor) -> Tensor:
+        cosines: list[Tensor] = []
+        gaps: list[Tensor] = []
+        for (hook, _), (end, end_norm) in self._ends.items():
+            if hook == "resid_post":
+                cosines.append(torch.linalg.vecdot(x, end) / (norm * end_norm).clamp_min(_TINY))
+                gaps.append((x - end).norm(dim=-1))
+        return torch.stack([torch.stack(cosines).amin(0), torch.stack(gaps).amax(0)])
+
+    def _put(self, group: str, cell: tuple[int, int], values: Tensor) -> None:
+        self._collector.put(self._slices[group], cell, values, self._mask)
+
+    def end(self) -> None:
+        """Add the batch up."""
+        self._before, self._ends = {}, {}
+        self._collector.end()
+
+    def result(self) -> Convergence:
+        """What was measured so far, by this process."""
+        return Convergence(self.segment, self.reference, self._collector.moments())
+
+
 def convergence(
     model: HookedLoopedTransformer,
     prompts: Any,
@@ -124,13 +223,13 @@ def convergence(
     Per token: ``norm`` of a block's output, ``step`` to the iteration before (raw norm, relative to the
     later state, cosine), ``distance`` and ``cosine`` to the reference, ``floor``, the rounding of the
     stream's dtype at that norm. Per prompt: ``matrix_step`` and ``matrix_distance``, norms over the whole
-    [pos d_model] matrix. Per head: ``pattern_step`` and ``pattern_distance``, Frobenius norms. Only one
+    [pos d_model] matrix. Per head: ``pattern_step`` and ``pattern_distance``, Frobenius norms. At layer 0:
+    ``degeneracy_cosine`` and ``degeneracy_distance``, to the farthest layer's end. Only one
     iteration back and the reference are kept, so memory does not grow with the number of iterations.
 
     Args:
         model: The model, at the number of iterations to measure.
-        prompts: Texts, tokens [prompt pos] or a list of either, of any lengths; or a dataset with a column
-            ``text`` or ``input_ids``. Prompts of one length run together: nothing is padded.
+        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.streaming.prompts_of`.
         reference: Number of iterations whose last states are the reference, e.g. 128: at or beyond
             what is measured, so that the measured range does not end at 0 by construction. Without one,
             steps alone.
@@ -140,131 +239,21 @@ def convergence(
         progress: Whether to show a progress bar, for work beyond two seconds.
 
     Raises:
-        ValueError: If there are no prompts, or the reference is less than what is measured.
+        ValueError: If there are no prompts, fewer than two iterations, or the reference is less than what is
+            measured.
+        DivergedError: If states become NaN or infinite; names the iteration.
 
     Source:
-        arXiv 2604.11791, M1 to M6; the relative step and the floor are additions.
+        arXiv 2604.11791, M1 to M6 and M9; the relative step and the floor are additions.
     """
-    loop = segment or model.schedule.innermost_loop
-    iterations = tuple(model.schedule.iterations(loop))
-    n_layers = model.schedule.segments[loop]
-    if reference is not None and reference < model.recurrences:
-        raise ValueError(
-            f"reference={reference} comes before the end of what is measured ({model.recurrences} iterations)"
-        )
-    batches = list(_batches(model, prompts, batch_size))
-    if not batches:
-        raise ValueError("there are no prompts")
-    names = list(STREAM) + (list(REFERRED) if reference else [])
-    if patterns:
-        names += ["pattern_step"] + (["pattern_distance"] if reference else [])
-    tables = [
-        {name: torch.zeros(len(iterations), n_layers, dtype=torch.float64) for name in names}
-        for _ in range(3)
-    ]
-    for tokens in tqdm(batches, desc="convergence", delay=2, disable=not progress, leave=False):
-        ends = _ends(model, tokens, loop, reference, patterns) if reference else {}
-        watch = _Watch(tables, ends)
-        hooks: list[Any] = []
-        for i, t in enumerate(iterations):
-            for layer in range(n_layers):
-                hooks.append(
-                    (model.name("resid_post", iteration=t, layer=layer, segment=loop), watch.stream(i, layer))
-                )
-                if patterns:
-                    hooks.append(
-                        (
-                            model.name("pattern", iteration=t, layer=layer, segment=loop),
-                            watch.pattern(i, layer),
-                        )
-                    )
-        model.run_with_hooks(tokens, fwd_hooks=hooks, return_type=None)
-    return Convergence(iterations, n_layers, reference, *tables)
-
-
-def _batches(model: HookedLoopedTransformer, prompts: Any, batch_size: int) -> Iterable[Tensor]:
-    """Prompts as batches of one length each, in the order of first appearance."""
-    columns = getattr(prompts, "column_names", None)
-    if columns is not None:
-        column = "input_ids" if "input_ids" in columns else "text"
-        prompts = [row[column] for row in prompts]
-    each = [prompts] if isinstance(prompts, str) else list(prompts)
-    by_length: dict[int, list[Tensor]] = {}
-    for prompt in each:
-        given = prompt if isinstance(prompt, str | Tensor) else torch.as_tensor(prompt)
-        tokens = tokens_of(model, given, "prompts")
-        by_length.setdefault(tokens.shape[1], []).append(tokens)
-    for group in by_length.values():
-        rows = torch.cat(group)
-        yield from rows.split(batch_size)
-
-
-def _ends(
-    model: HookedLoopedTransformer, tokens: Tensor, loop: str, reference: int, patterns: bool
-) -> dict[tuple[str, int], Tensor]:
-    """Each layer's stream and pattern in the last of so many iterations."""
-    with model.at_recurrences(reference):
-        last = model.schedule.iterations(loop)[-1]
-        names = {
-            (hook, layer): model.name(hook, iteration=last, layer=layer, segment=loop)
-            for hook in (("resid_post", "pattern") if patterns else ("resid_post",))
-            for layer in range(model.schedule.segments[loop])
-        }
-        _, cache = model.run_with_cache(tokens, names_filter=list(names.values()))
-        return {key: cache[name] for key, name in names.items()}
-
-
-class _Watch:
-    """Adds up metrics while one batch runs."""
-
-    def __init__(self, tables: Sequence[dict[str, Tensor]], ends: dict[tuple[str, int], Tensor]) -> None:
-        self.count, self.total, self.squares = tables
-        self.ends = ends
-        self.before: dict[tuple[str, int], Tensor] = {}
-
-    def _add(self, metric: str, i: int, layer: int, values: Tensor) -> None:
-        wide = values.double()
-        self.count[metric][i, layer] += wide.numel()
-        self.total[metric][i, layer] += wide.sum().cpu()
-        self.squares[metric][i, layer] += (wide**2).sum().cpu()
-
-    def stream(self, i: int, layer: int) -> Any:
-        """A hook on a block's output."""
-
-        def hook(value: Tensor, hook: Any) -> None:
-            x = value.float()
-            norm = x.norm(dim=-1)
-            self._add("norm", i, layer, norm)
-            self._add("floor", i, layer, norm * torch.finfo(value.dtype).eps)
-            before = self.before.get(("resid_post", layer))
-            if before is not None:
-                self._compare(("step", "relative_step", "step_cosine", "matrix_step"), i, layer, x, before)
-            end = self.ends.get(("resid_post", layer))
-            if end is not None:
-                self._compare(REFERRED, i, layer, x, end.float())
-            self.before["resid_post", layer] = x.clone()
-
-        return hook
-
-    def _compare(self, names: Sequence[str], i: int, layer: int, x: Tensor, other: Tensor) -> None:
-        gap = x - other
-        far = gap.norm(dim=-1)
-        self._add(names[0], i, layer, far)
-        self._add(names[1], i, layer, far / x.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny))
-        self._add(names[2], i, layer, torch.cosine_similarity(x, other, dim=-1))
-        self._add(names[3], i, layer, gap.flatten(1).norm(dim=-1))
-
-    def pattern(self, i: int, layer: int) -> Any:
-        """A hook on a block's attention."""
-
-        def hook(value: Tensor, hook: Any) -> None:
-            x = value.float()
-            for name, other in (
-                ("pattern_step", self.before.get(("pattern", layer))),
-                ("pattern_distance", self.ends.get(("pattern", layer))),
-            ):
-                if other is not None:
-                    self._add(name, i, layer, (x - other.float()).flatten(2).norm(dim=-1))
-            self.before["pattern", layer] = x.clone()
-
-        return hook
+    probe = ConvergenceProbe(model, reference=reference, patterns=patterns, segment=segment)
+    measure(
+        model,
+        prompts,
+        [probe],
+        reference=reference,
+        batch_size=batch_size,
+        progress=progress,
+        what="convergence",
+    )
+    return shared(probe.result())

@@ -23,7 +23,8 @@ def test_against_the_cache(name: str) -> None:
     with model.at_recurrences(model.recurrences + 2):
         last = model.schedule.iterations(loop)[-1]
         _, later = model.run_with_cache(tokens)
-        end = later[model.name("resid_post", iteration=last, layer=0)]
+        ends = [later[name] for name in model.names("resid_post", iteration=[last])]
+        end = ends[0]
         end_pattern = later[model.name("pattern", iteration=last, layer=0)]
 
     def at(hook: str, i: int) -> torch.Tensor:
@@ -43,6 +44,8 @@ def test_against_the_cache(name: str) -> None:
             "pattern_step": torch.linalg.matrix_norm(at("pattern", i) - at("pattern", i - 1)),
             "pattern_distance": torch.linalg.matrix_norm(at("pattern", i) - end_pattern),
             "norm": x.norm(dim=-1),
+            "degeneracy_cosine": torch.stack([torch.cosine_similarity(x, e, dim=-1) for e in ends]).amin(0),
+            "degeneracy_distance": torch.stack([(x - e).norm(dim=-1) for e in ends]).amax(0),
         }
         for metric, values in expected.items():
             assert float(found.mean(metric)[i, 0]) == pytest.approx(float(values.mean()), rel=1e-4, abs=1e-6)
@@ -87,8 +90,10 @@ def test_parts_merge_exactly_and_lengths_may_differ() -> None:
     for metric in whole.metrics:
         a, b = whole.mean(metric), merged.mean(metric)
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-7, equal_nan=True)
-        assert torch.equal(whole.count[metric], merged.count[metric])
-    assert int(whole.count["norm"][0, 0]) == sum(len(t.split()) + 1 for t in texts)
+    assert torch.equal(whole.moments.count, merged.moments.count)
+    assert int(whole.moments.count[whole.metrics.index("norm"), 0, 0]) == sum(
+        len(t.split()) + 1 for t in texts
+    )
     without = convergence(model, texts, patterns=False)
     assert "pattern_step" not in without.metrics and "distance" not in without.metrics
     with pytest.raises(ValueError, match="do not merge"):
@@ -101,6 +106,8 @@ def test_bad_requests() -> None:
         convergence(model, [])
     with pytest.raises(ValueError, match="before the end"):
         convergence(model, ["w1 w2"], reference=2)
+    with pytest.raises(ValueError, match="at least two iterations"), model.at_recurrences(1):
+        convergence(model, ["w1 w2"])
     found = convergence(model, ["w1 w2"])
     with pytest.raises(ValueError, match="metric 'speed' is unknown"):
         found.mean("speed")

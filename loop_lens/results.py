@@ -1,0 +1,122 @@
+"""What every measured result can do: become a table, go to disk and come back."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Self
+
+import pandas as pd
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+_TYPE = "loop_lens.result"
+
+
+class Result:
+    """Base of the frozen dataclasses that measurements return.
+
+    A field may be a tensor, a dict of tensors by text, another `Result`, or what JSON can say
+    (numbers, text, None, and tuples and dicts of them; tuples stay tuples).
+    """
+
+    @abstractmethod
+    def to_dataframe(self) -> pd.DataFrame:
+        """The result as a tidy table."""
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Write the table of `to_dataframe`; nested iterations become text such as ``(1, 2)``."""
+        table = self.to_dataframe()
+        for column in table.columns:
+            if any(isinstance(value, tuple) for value in table[column]):
+                table[column] = table[column].map(str)
+        table.to_parquet(path, index=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole result as one safetensors file, which `load` reads again."""
+        tensors: dict[str, Tensor] = {}
+        plain: dict[str, Any] = {}
+        self._collect("", tensors, plain)
+        save_file(
+            {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
+            str(path),
+            metadata={_TYPE: type(self).__name__, "fields": json.dumps(plain)},
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: If the file holds another kind of result, or none.
+        """
+        with safe_open(str(path), framework="pt") as file:
+            about = file.metadata() or {}
+            found = about.get(_TYPE)
+            if found != cls.__name__:
+                raise ValueError(f"{path} holds {found or 'no loop_lens result'}, not a {cls.__name__}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return cls._rebuild("", tensors, json.loads(about["fields"]))
+
+    def _collect(self, prefix: str, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+        for field in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+            key, value = prefix + field.name, getattr(self, field.name)
+            if isinstance(value, Tensor):
+                tensors[key] = value
+                plain[key] = {"kind": "tensor"}
+            elif isinstance(value, Result):
+                plain[key] = {"kind": "result"}
+                value._collect(f"{key}/", tensors, plain)
+            elif isinstance(value, dict) and value and all(isinstance(v, Tensor) for v in value.values()):
+                tensors.update({f"{key}/{name}": tensor for name, tensor in value.items()})
+                plain[key] = {"kind": "tensors", "names": list(value)}
+            else:
+                plain[key] = {"kind": "plain", "value": value}
+
+    @classmethod
+    def _rebuild(cls, prefix: str, tensors: dict[str, Tensor], plain: dict[str, Any]) -> Self:
+        given: dict[str, Any] = {}
+        for field in fields(cls):  # type: ignore[arg-type]
+            key = prefix + field.name
+            about = plain[key]
+            if about["kind"] == "tensor":
+                given[field.name] = tensors[key]
+            elif about["kind"] == "result":
+                kind = _result_type(field.type)
+                given[field.name] = kind._rebuild(f"{key}/", tensors, plain)
+            elif about["kind"] == "tensors":
+                given[field.name] = {name: tensors[f"{key}/{name}"] for name in about["names"]}
+            else:
+                given[field.name] = _with_tuples(about["value"])
+        return cls(**given)
+
+
+def _result_type(annotation: Any) -> type[Result]:
+    name = annotation if isinstance(annotation, str) else annotation.__name__
+    known = {kind.__name__: kind for kind in _subclasses(Result)}
+    return known[name.split(" | ")[0]]
+
+
+def _subclasses(kind: type[Result]) -> list[type[Result]]:
+    return [each for direct in kind.__subclasses__() for each in (direct, *_subclasses(direct))]
+
+
+def _with_tuples(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_with_tuples(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return value
+
+
+def require_alike(a: Result, b: Result, *names: str) -> None:
+    """Raise unless two results that are to be merged have the same of everything named."""
+    for name in names:
+        one, other = getattr(a, name), getattr(b, name)
+        same = torch.equal(one, other) if isinstance(one, Tensor) else one == other
+        if not same:
+            raise ValueError(f"these results do not merge: their {name} differ ({one} and {other})")
