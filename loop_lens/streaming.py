@@ -118,7 +118,7 @@ def prompts_of(model: TransformerBridge, prompts: Any) -> Iterator[Int[Tensor, "
         else:
             tokens = torch.as_tensor(row)
             tokens = tokens[0] if tokens.ndim == 2 and len(tokens) == 1 else tokens
-        if tokens.ndim != 1 or tokens.is_floating_point():
+        if tokens.ndim != 1 or (tokens.is_floating_point() and tokens.numel()):
             raise ValueError(
                 f"prompt {i} is neither text nor tokens [pos], but {tokens.dtype} {tuple(tokens.shape)}"
             )
