@@ -96,12 +96,13 @@ class ConvergenceProbe:
 
     Args:
         model: The model, at the number of iterations to measure.
-        reference: As in `convergence`; the same must be given to ``measure``.
+        reference: As in `convergence`; the same must be given to ``measure``, unless states are kept.
         patterns: Whether to measure attention, too.
         segment: The loop; the innermost by default.
+        keep: Whether to keep all states of a batch, see `convergence`.
 
     Raises:
-        ValueError: If the loop runs once only.
+        ValueError: If the loop runs once only, or states are kept for a reference beyond what runs.
     """
 
     def __init__(
@@ -111,14 +112,20 @@ class ConvergenceProbe:
         reference: int | None = None,
         patterns: bool = True,
         segment: str | None = None,
+        keep: bool = False,
     ) -> None:
+        if keep and reference != model.recurrences:
+            raise ValueError(
+                f"keep=True measures distances to the last iteration that runs: give reference="
+                f"{model.recurrences}, not {reference}"
+            )
         schedule = model.schedule
         self.segment = segment or schedule.innermost_loop
         schedule.require_segment(self.segment)
         iterations = schedule.iterations(self.segment)
         if len(iterations) < 2:
             raise ValueError("convergence needs at least two iterations: set_recurrences(2) or more")
-        self.reference = reference
+        self.reference, self._keep = reference, keep
         self.hooks: tuple[str, ...] = ("resid_post", "pattern") if patterns else ("resid_post",)
         self._at: dict[Iteration, int] = {t: i for i, t in enumerate(iterations)}
         self._slices: dict[str, slice] = {}
@@ -145,6 +152,7 @@ class ConvergenceProbe:
         self._collector = Collector(names, {"iteration": iterations, "layer": layers})
         self._before: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._ends: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        self._kept: list[tuple[str, tuple[int, int], Tensor, Tensor]] = []
 
     def wants(self, hook: str, firing: Firing) -> bool:
         """The loop's own blocks."""
@@ -164,27 +172,39 @@ class ConvergenceProbe:
     def see(self, hook: str, firing: Firing, value: Tensor) -> None:
         """Compare with the iteration before, and with the reference."""
         cell = (self._at[firing.iteration], firing.layer)
-        before, end = self._before.get((hook, firing.layer)), self._ends.get((hook, firing.layer))
         x = value.float()
-        if hook == "pattern":
-            for group, other in (("pattern_step", before), ("pattern_distance", end)):
-                if other is not None:
-                    rows = (x - other[0]).norm(dim=-1) * self._mask[:, None]
-                    self._collector.put(self._slices[group], cell, rows.norm(dim=-1).unsqueeze(0))
-            self._before[hook, firing.layer] = (x, x)
-            return
-        norm = x.norm(dim=-1)
-        self._put("stream", cell, torch.stack([norm, norm * torch.finfo(value.dtype).eps]))
-        for group, other in (("step", before), ("distance", end)):
-            if other is not None:
-                far = (x - other[0]).norm(dim=-1)
-                cosine = torch.linalg.vecdot(x, other[0]) / (norm * other[1]).clamp_min(_TINY)
-                self._put(group, cell, torch.stack([far, far / norm.clamp_min(_TINY), cosine]))
-                whole = (far * self._mask).norm(dim=-1)
-                self._collector.put(self._slices[f"matrix_{group}"], cell, whole[None, :, None])
-        if end is not None and firing.layer == 0:
-            self._put("degeneracy", cell, self._degeneracy(x, norm))
+        norm = x if hook == "pattern" else x.norm(dim=-1)
+        if hook == "resid_post":
+            self._put("stream", cell, torch.stack([norm, norm * torch.finfo(value.dtype).eps]))
+        before = self._before.get((hook, firing.layer))
+        if before is not None:
+            self._compare(f"{'pattern_' if hook == 'pattern' else ''}step", cell, x, norm, before)
         self._before[hook, firing.layer] = (x, norm)
+        if self._keep:
+            self._kept.append((hook, cell, x, norm))
+        else:
+            self._refer(hook, cell, x, norm)
+
+    def _refer(self, hook: str, cell: tuple[int, int], x: Tensor, norm: Tensor) -> None:
+        end = self._ends.get((hook, cell[1]))
+        if end is None:
+            return
+        self._compare(f"{'pattern_' if hook == 'pattern' else ''}distance", cell, x, norm, end)
+        if hook == "resid_post" and cell[1] == 0:
+            self._put("degeneracy", cell, self._degeneracy(x, norm))
+
+    def _compare(
+        self, group: str, cell: tuple[int, int], x: Tensor, norm: Tensor, other: tuple[Tensor, Tensor]
+    ) -> None:
+        far = (x - other[0]).norm(dim=-1)
+        if group.startswith("pattern"):
+            rows = far * self._mask[:, None]
+            self._collector.put(self._slices[group], cell, rows.norm(dim=-1).unsqueeze(0))
+            return
+        cosine = torch.linalg.vecdot(x, other[0]) / (norm * other[1]).clamp_min(_TINY)
+        self._put(group, cell, torch.stack([far, far / norm.clamp_min(_TINY), cosine]))
+        whole = (far * self._mask).norm(dim=-1)
+        self._collector.put(self._slices[f"matrix_{group}"], cell, whole[None, :, None])
 
     def _degeneracy(self, x: Tensor, norm: Tensor) -> Tensor:
         cosines: list[Tensor] = []
@@ -200,7 +220,11 @@ class ConvergenceProbe:
 
     def end(self) -> None:
         """Add the batch up."""
-        self._before, self._ends = {}, {}
+        if self._keep:
+            self._ends = dict(self._before)
+            for kept in self._kept:
+                self._refer(*kept)
+        self._before, self._ends, self._kept = {}, {}, []
         self._collector.end()
 
     def result(self) -> Convergence:
@@ -215,6 +239,7 @@ def convergence(
     reference: int | None = None,
     patterns: bool = True,
     segment: str | None = None,
+    keep: bool = False,
     batch_size: int = 8,
     progress: bool = True,
 ) -> Convergence:
@@ -235,6 +260,8 @@ def convergence(
             steps alone.
         patterns: Whether to measure attention, too.
         segment: The loop; the innermost by default.
+        keep: Whether to keep all states and patterns of a batch, when the reference is the last iteration
+            measured: half the time, but memory that grows with the number of iterations.
         batch_size: Prompts a forward.
         progress: Whether to show a progress bar, for work beyond two seconds.
 
@@ -246,12 +273,12 @@ def convergence(
     Source:
         arXiv 2604.11791, M1 to M6 and M9; the relative step and the floor are additions.
     """
-    probe = ConvergenceProbe(model, reference=reference, patterns=patterns, segment=segment)
+    probe = ConvergenceProbe(model, reference=reference, patterns=patterns, segment=segment, keep=keep)
     measure(
         model,
         prompts,
         [probe],
-        reference=reference,
+        reference=None if keep else reference,
         batch_size=batch_size,
         progress=progress,
         what="convergence",

@@ -100,6 +100,19 @@ def test_parts_merge_exactly_and_lengths_may_differ() -> None:
         whole.merge(without)
 
 
+@pytest.mark.parametrize("name", ["huginn", "hrm_text"])
+def test_keeping_states_gives_the_same_in_one_run(name: str) -> None:
+    model = opened(name)
+    tokens, _ = prompts(model)
+    twice = convergence(model, tokens, reference=model.recurrences)
+    once = convergence(model, tokens, reference=model.recurrences, keep=True)
+    # HRM-Text's hooked blocks are transformer-lens' own, which round differently from the bare ones.
+    tolerance = 0.0 if name == "huginn" else 1e-4
+    assert torch.allclose(once.moments.total, twice.moments.total, rtol=tolerance, atol=tolerance)
+    with pytest.raises(ValueError, match=f"give reference={model.recurrences}, not 99"):
+        convergence(model, tokens, reference=99, keep=True)
+
+
 def test_bad_requests() -> None:
     model = wrapped()
     with pytest.raises(ValueError, match="no prompts"):
