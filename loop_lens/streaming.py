@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -199,11 +200,7 @@ def measure(
     hooks: list[Any] = [
         (name, _watch(hook, firing, watching, unseen)) for name, hook, firing, watching in seen
     ]
-    if (isinstance(prompts, Sequence) and not isinstance(prompts, str)) or isinstance(prompts, Tensor):
-        total = -(-len(prompts) // batch_size)
-    else:
-        total = None
-    bar = tqdm(total=total, desc=what, delay=2, disable=not progress, leave=False)
+    bar = tqdm(total=_n_batches(prompts, batch_size), desc=what, delay=2, disable=not progress, leave=False)
     with bar:
         for batch in batches_of(model, prompts, batch_size):
             ends = _ends(looped, batch, probes, reference) if looped and reference else {}
@@ -218,6 +215,15 @@ def measure(
             for probe in probes:
                 probe.end()
             bar.update()
+
+
+def _n_batches(prompts: Any, batch_size: int) -> int | None:
+    """How many batches this process will see, None where nobody knows."""
+    single = isinstance(prompts, str) or (isinstance(prompts, Tensor) and prompts.ndim == 1)
+    if not single and not hasattr(prompts, "__len__"):
+        return None
+    n = 1 if single else len(prompts)
+    return math.ceil(n / batch_size / (dist.get_world_size() if dist.is_initialized() else 1))
 
 
 def _sites(schedule: Schedule, probes: Sequence[Probe]) -> list[tuple[str, str, Firing, tuple[Probe, ...]]]:
