@@ -199,9 +199,12 @@ class LoopedOutput(CausalLMOutputWithPast):
 
     Attributes:
         exit_gate_logits: Of every iteration [iteration batch pos], None without an exit gate.
+        iteration_logits: What the model would say if the loop ended there, [iteration batch pos vocab]
+            or, at chosen places, [iteration place vocab]; None unless asked for.
     """
 
     exit_gate_logits: Tensor | None = None
+    iteration_logits: Tensor | None = None
 
 
 class LoopedPreTrainedModel(PreTrainedModel):
@@ -275,17 +278,27 @@ class LoopedModel(LoopedPreTrainedModel):
         prelude_output: Tensor | None = None,
         initial_state: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        backprop_iterations: int | None = None,
+        read_iterations: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Cache | None, Tensor | None, tuple[Tensor, ...]]:
         """Run all blocks. See `LoopedTransformer.forward` for the arguments.
 
         Returns:
-            The final normed stream [batch pos d_model], the cache, the exit gate's logits
+            The final normed stream [batch pos d_model], or that of every iteration
+            [iteration batch pos d_model] if asked for, the cache, the exit gate's logits
             [iteration batch pos], and every firing's output if asked for.
         """
         config, site = self.config, self.site
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if read_iterations and (past_key_values is not None or use_cache or self.site is not _no_site):
+            raise ValueError(
+                "read_iterations runs the coda once for all iterations, so it takes a bare model without a "
+                "key-value cache: pass use_cache=False, and read an opened model with lens(kind='native')"
+            )
+        if backprop_iterations is not None and backprop_iterations < 1:
+            raise ValueError(f"backprop_iterations must be at least 1, got {backprop_iterations}")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
@@ -328,20 +341,34 @@ class LoopedModel(LoopedPreTrainedModel):
             state = initial_state
         # Hooks may write in place: the state must never be the tensor that is injected again.
         state = site("hook_initial_state", state.clone() if state is e else state)
+        grad, states = torch.is_grad_enabled(), list[Tensor]()
+        first_grad = 0 if backprop_iterations is None else config.recurrences - backprop_iterations
         for t in range(config.recurrences):
-            state = site(f"loop.{t}.hook_state_in", state)
-            if config.injection != "none":
-                state = site(f"loop.{t}.hook_injected", self.injection(state, _rows_of(e, len(state))))
-            state = run(self.core, state)
-            last = t == config.recurrences - 1
-            if config.loop_norm:
-                # With no coda, the last iteration's norm is the final one.
-                final = last and not config.coda_layers
-                state = (self.norm if final else self.__dict__["inner_norm"])(state)
-            state = site(f"loop.{t}.hook_state_out", state)
+            if t == first_grad > 0:
+                # Autocast keeps casts made without a graph, and would cut the weights' gradients.
+                torch.clear_autocast_cache()
+            with torch.set_grad_enabled(grad and t >= first_grad):
+                state = site(f"loop.{t}.hook_state_in", state)
+                if config.injection != "none":
+                    state = site(f"loop.{t}.hook_injected", self.injection(state, _rows_of(e, len(state))))
+                state = run(self.core, state)
+                last = t == config.recurrences - 1
+                if config.loop_norm:
+                    # With no coda, the last iteration's norm is the final one.
+                    final = last and not config.coda_layers
+                    state = (self.norm if final else self.__dict__["inner_norm"])(state)
+                state = site(f"loop.{t}.hook_state_out", state)
             if config.exit_gate:
                 gate = self.exit_gate(state).squeeze(-1)
                 gates.append(site(f"loop.{t}.hook_exit_gate", gate))
+            if read_iterations:
+                states.append(state)
+        # Rows that joined later have no gates of earlier iterations.
+        whole = all(gate.shape == state.shape[:-1] for gate in gates)
+        if read_iterations:
+            state = torch.cat(states)
+            if mask is not None:
+                shared["attention_mask"] = mask.repeat(len(states), *(1 for _ in mask.shape[1:]))
         if config.post_loop_norm:
             state = self.__dict__["inner_norm"](state)
         if config.state_projection:
@@ -349,8 +376,8 @@ class LoopedModel(LoopedPreTrainedModel):
         state = run(self.coda, state)
         if not (config.loop_norm and not config.coda_layers):
             state = self.norm(state)
-            # Rows that joined later have no gates of earlier iterations.
-        whole = all(gate.shape == state.shape[:-1] for gate in gates)
+        if read_iterations:
+            state = state.unflatten(0, (len(states), -1))
         return state, past_key_values, torch.stack(gates) if gates and whole else None, tuple(outputs)
 
 
@@ -384,6 +411,9 @@ class LoopedTransformer(LoopedPreTrainedModel, GenerationMixin):
         prelude_output: Tensor | None = None,
         initial_state: Tensor | None = None,
         cache: Cache | None = None,
+        backprop_iterations: int | None = None,
+        read_iterations: bool = False,
+        places: Tensor | None = None,
         **kwargs: Any,
     ) -> LoopedOutput:
         """Run the model.
@@ -401,6 +431,12 @@ class LoopedTransformer(LoopedPreTrainedModel, GenerationMixin):
             prelude_output: Injected instead of the prelude's own output [batch pos d_model].
             initial_state: State before iteration 0 [batch pos d_model], for this forward only.
             cache: Another name of ``past_key_values``, the one of transformers 5.24 and later.
+            backprop_iterations: Keep a graph of this many last iterations only; earlier ones run without,
+                so that neither their state nor what they inject gets gradients. None for all.
+            read_iterations: Whether to return what the model would say after each iteration, from one
+                forward. Not with a key-value cache, nor on a model whose hooks are in use.
+            places: Read out at these places only, as indices into the flattened [batch * pos]: logits
+                are [place vocab].
             **kwargs: Passed on to the attention implementation.
         """
         kwargs.pop("output_attentions", None)
@@ -415,14 +451,23 @@ class LoopedTransformer(LoopedPreTrainedModel, GenerationMixin):
             prelude_output=prelude_output,
             initial_state=initial_state,
             output_hidden_states=output_hidden_states,
+            backprop_iterations=backprop_iterations,
+            read_iterations=read_iterations,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(stream[:, keep])
+        if places is not None:
+            stream = stream.flatten(-3, -2).index_select(-2, places)
+        else:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            stream = stream[..., keep, :]
+        logits = self.lm_head(stream)
         if self.config.logit_scale != 1.0:
             logits = logits * self.config.logit_scale
         if self.config.upcast_logits:
             logits = logits.float()
+        every = None
+        if read_iterations:
+            every, logits = logits, logits[-1]
         loss = None
         if labels is not None:
             compute: Any = self.loss_function
@@ -433,6 +478,7 @@ class LoopedTransformer(LoopedPreTrainedModel, GenerationMixin):
             CACHE_NAME: cache,
             "hidden_states": firings if output_hidden_states else None,
             "exit_gate_logits": gates,
+            "iteration_logits": every,
         }
         return LoopedOutput(**fields)
 

@@ -1,0 +1,27 @@
+"""Training of looped models."""
+
+from loop_lens.training.checkpoints import CheckpointError
+from loop_lens.training.config import TrainingConfig
+from loop_lens.training.curriculum import Curriculum
+from loop_lens.training.losses import ExitGateLoss, LastIteration, Loss, WeightedIterations
+from loop_lens.training.recurrences import Fixed, LogNormalPoisson, Ramp, Recurrences, Uniform
+from loop_lens.training.trainer import NonFiniteLossError, StepRecord, TrainingResult, train
+
+__all__ = [
+    "CheckpointError",
+    "Curriculum",
+    "ExitGateLoss",
+    "Fixed",
+    "LastIteration",
+    "LogNormalPoisson",
+    "Loss",
+    "NonFiniteLossError",
+    "Ramp",
+    "Recurrences",
+    "StepRecord",
+    "TrainingConfig",
+    "TrainingResult",
+    "Uniform",
+    "WeightedIterations",
+    "train",
+]
