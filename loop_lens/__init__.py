@@ -12,6 +12,7 @@ from loop_lens.model import LoopedConfig, LoopedTransformer
 from loop_lens.opening import boot, loopify, wrap
 from loop_lens.registration import register
 from loop_lens.schedule import Blocks, Boundary, Firing, Loop, Schedule, Sequence, UnknownNameError
+from loop_lens.shipped import shipped_models
 from loop_lens.unroll import LoopBody, Unroller, tied_clone
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ __all__ = [
     "loopify",
     "patch_sweep",
     "register",
+    "shipped_models",
     "tied_clone",
     "wrap",
 ]

@@ -34,11 +34,11 @@ from loop_lens.loopify import Window, WindowBody
 from loop_lens.model.body import NativeBody
 from loop_lens.model.config import LoopedConfig
 from loop_lens.model.modeling import LoopedTransformer
+from loop_lens.shipped import SHIPPED_PREFIX, shipped_folder
 from loop_lens.unroll import LoopBody
 
 logger = logging.getLogger(__name__)
 
-SHIPPED_PREFIX = "loop-lens/"
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -57,7 +57,7 @@ def boot(
     """Open a checkpoint of a looped model.
 
     Args:
-        model_name: A local folder, or a hub id.
+        model_name: A local folder, a hub id, or ``"loop-lens/NAME"`` for a model of `shipped_models`.
         recurrences: Number of iterations; the checkpoint's own by default.
         initial_state: A seed of the family's own noise, ``"zeros"``, or a tensor
             [batch pos d_model]; ignored with a warning where the family has none.
@@ -165,8 +165,7 @@ def wrap(
             model = _as_native(model)
         if isinstance(model, LoopedTransformer):
             body, adapter = NativeBody(model), LoopedAdapter(_bridge_config(model, model_name), model.config)
-            family = family_of(model.config)
-            adapter.cfg.default_prepend_bos = family is None or family.prepends_bos
+            adapter.cfg.default_prepend_bos = _prepends_bos(model.config, tokenizer)
         else:
             body, adapter = HrmBody(model), HrmTextLoopedAdapter(_bridge_config(model, model_name))
     looped = _open(model, adapter, tokenizer, body)
@@ -267,6 +266,13 @@ def _open(model: nn.Module, adapter: Any, tokenizer: Any, body: LoopBody) -> Hoo
     return HookedLoopedTransformer(model, adapter, tokenizer, body)
 
 
+def _prepends_bos(config: LoopedConfig, tokenizer: Any) -> bool:
+    family = family_of(config)
+    if family is not None:
+        return family.prepends_bos
+    return tokenizer is None or tokenizer.bos_token is not None or config.bos_token_id is not None
+
+
 def _bridge_config(model: Any, name: str) -> Any:
     architecture = type(model).__name__
     cfg = build_bridge_config_from_hf(model.config, architecture, name, _dtype(model))
@@ -310,7 +316,7 @@ def resolve_checkpoint(model_name: str | Path, revision: str | None) -> Path:
     """
     name = str(model_name)
     if name.startswith(SHIPPED_PREFIX):
-        raise FileNotFoundError(f"{name}: this version ships no models of its own")
+        return shipped_folder(name)
     folder = Path(model_name).expanduser()
     if folder.is_dir():
         return folder
