@@ -1,0 +1,311 @@
+"""How many tokens settle, orbit or slide, at each layer and threshold."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from loop_lens.bridge import HookedLoopedTransformer
+from loop_lens.dynamics.limits import KINDS, LEAST, Of, limiting_behaviours, several
+from loop_lens.dynamics.states import Column, StateProbe, tidy
+from loop_lens.figures import new_figure
+from loop_lens.results import Result, require_alike
+from loop_lens.streaming import Batch, Ends, shared
+
+_TINY = torch.finfo(torch.float32).tiny
+_MOVING = KINDS[1:]
+
+
+@dataclass(frozen=True)
+class LimitTable(Result):
+    """How many tokens behave in which way.
+
+    Attributes:
+        segment: The loop.
+        of: Whether series were of cosines or of norms.
+        reference: Number of iterations whose last state the series are to; None where each n has its own.
+        layers: The loop's layers, then ``"state"``: what leaves the iteration.
+        n: Numbers of iterations.
+        tau: Tolerances.
+        rho: Shares.
+        counts: Tokens of each kind, in the order of `loop_lens.dynamics.KINDS` [n tau rho layer kind].
+        sums: Sums over tokens of what describes their kind: the frequency and the amplitude of orbits, the
+            gradient of sliders [n tau rho layer 3].
+        moving: The tokens that are no fixed points at the first n, tau and rho, as columns: ``prompt``,
+            ``position``, ``layer`` and ``kind`` (indices), ``frequency``, ``amplitude``, ``gradient`` [token].
+    """
+
+    segment: str
+    of: Of
+    reference: int | None
+    layers: tuple[Column, ...]
+    n: tuple[int, ...]
+    tau: tuple[float, ...]
+    rho: tuple[float, ...]
+    counts: Tensor
+    sums: Tensor
+    moving: dict[str, Tensor]
+
+    @property
+    def percent(self) -> Tensor:
+        """Share of tokens of each kind, in percent [n tau rho layer kind]."""
+        return 100 * self.counts / self.counts.sum(-1, keepdim=True)
+
+    def merge(self, other: LimitTable) -> LimitTable:
+        """The result on both results' prompts. Prompts in ``moving`` keep their numbers.
+
+        Raises:
+            ValueError: If they were measured in different ways.
+        """
+        require_alike(self, other, "segment", "of", "reference", "layers", "n", "tau", "rho")
+        moving = {name: torch.cat([column, other.moving[name]]) for name, column in self.moving.items()}
+        return replace(self, counts=self.counts + other.counts, sums=self.sums + other.sums, moving=moving)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per n, tau, rho and layer (missing at the state): percent of tokens that are not fixed
+        points, split by kind, and the means that describe orbits and sliders.
+        """
+        rows: list[dict[str, Any]] = []
+        grid = itertools.product(*map(enumerate, (self.n, self.tau, self.rho, self.layers)))
+        for (a, n), (b, tau), (c, rho), (d, layer) in grid:
+            counts, sums = self.counts[a, b, c, d].tolist(), self.sums[a, b, c, d].tolist()
+            tokens = sum(counts)
+            row = {"n": n, "tau": tau, "rho": rho, "layer": layer, "tokens": tokens}
+            row["not_fixed"] = 100 * (tokens - counts[0]) / tokens
+            row |= {kind: 100 * count / tokens for kind, count in zip(_MOVING, counts[1:], strict=True)}
+            means = zip((counts[1], counts[1], counts[2]), sums, strict=True)
+            described = [total / count if count else float("nan") for count, total in means]
+            names = ("orbit_frequency", "orbit_amplitude", "slider_gradient")
+            rows.append(row | dict(zip(names, described, strict=True)))
+        return tidy(pd.DataFrame(rows))
+
+    def moving_tokens(self) -> pd.DataFrame:
+        """One row per token and layer (missing at the state) that is no fixed point at the first thresholds."""
+        columns = {name: column.tolist() for name, column in self.moving.items()}
+        columns["layer"] = [self.layers[k] for k in columns["layer"]]
+        columns["kind"] = [KINDS[k] for k in columns["kind"]]
+        return tidy(pd.DataFrame(columns)).sort_values(["prompt", "position"], ignore_index=True)
+
+    def plot(self) -> Any:
+        """Percent of tokens that are not fixed points by layer, split by kind, one panel per n; at the first
+        tau and rho. A figure, not shown.
+        """
+        figure, panels = new_figure(1 + 2.6 * len(self.n), 3.0, 1, len(self.n), squeeze=False, sharey=True)
+        names = [str(layer) for layer in self.layers]
+        for k, (n, axes) in enumerate(zip(self.n, panels[0], strict=True)):
+            below = torch.zeros(len(names), dtype=torch.float64)
+            for kind, share in zip(_MOVING, self.percent[k, 0, 0, :, 1:].T, strict=True):
+                axes.bar(names, share.tolist(), bottom=below.tolist(), label=kind)
+                below = below + share
+            axes.set(xlabel="layer", title=f"{n} iterations", ylabel="" if k else "% of tokens")
+        panels[0][0].legend(fontsize=7)
+        return figure
+
+
+class LimitProbe(StateProbe):
+    """Measures a `LimitTable` in a run of `loop_lens.streaming.measure`, within `listening`.
+
+    It runs each batch once more beforehand, for the final states alone.
+
+    Args:
+        model: The model, at the number of iterations to measure.
+        n: Numbers of iterations, see `limit_table`.
+        tau: Tolerances.
+        rho: Shares.
+        of: Whether series are of cosines or of norms.
+        reference: Number of iterations whose last state the series are to.
+        segment: The loop; the innermost by default.
+
+    Raises:
+        ValueError: If an n is too small or not reached, or the reference comes before it.
+    """
+
+    def __init__(
+        self,
+        model: HookedLoopedTransformer,
+        *,
+        n: int | Sequence[int] | None = None,
+        tau: float | Sequence[float] = 0.05,
+        rho: float | Sequence[float] = 0.9,
+        of: Of = "cosine",
+        reference: int | None = None,
+        segment: str | None = None,
+    ) -> None:
+        left_out = 1 if reference is None else 0
+        what = f"limiting behaviour (a series of {LEAST} values{', the final one left out' * left_out})"
+        super().__init__(model, segment=segment, least=LEAST + left_out, what=what)
+        total = len(self.iterations)
+        self.n = (total,) if n is None else (n,) if isinstance(n, int) else tuple(n)
+        for each in self.n:
+            if not LEAST + left_out <= each <= total:
+                raise ValueError(
+                    f"n={each} cannot be classified: {self.segment!r} runs {total} iterations, and {what} "
+                    f"needs {LEAST + left_out} or more"
+                )
+        if reference is not None and reference < model.recurrences:
+            raise ValueError(
+                f"reference={reference} comes before the end of what is measured ({model.recurrences} iterations)"
+            )
+        if of not in ("cosine", "norm"):
+            raise ValueError(f"of={of!r} is unknown: choose 'cosine' or 'norm'")
+        self.tau, self.rho, self.reference = several(tau), several(rho), reference
+        self.of: Of = of
+        shape = (len(self.n), len(self.tau), len(self.rho), len(self.columns))
+        self._counts = torch.zeros(*shape, len(KINDS), dtype=torch.int64)
+        self._sums = torch.zeros(*shape, 3, dtype=torch.float64)
+        self._moving: list[dict[str, Tensor]] = []
+
+    def begin(self, batch: Batch, ends: Ends) -> None:
+        """Run a batch to the final states of each n."""
+        self._index = batch.index
+        self._ends = self._final_states(batch.tokens)
+        super().begin(batch, ends)
+        device = batch.tokens.device
+        shape = (len(self.columns), *batch.tokens.shape)
+        self._series = [torch.zeros(len(self.iterations), *shape, device=device) for _ in self._ends]
+        self._finite = torch.ones(len(self.iterations), len(self.columns), dtype=torch.bool, device=device)
+
+    def _final_states(self, tokens: Tensor) -> list[dict[int, tuple[Tensor, Tensor]]]:
+        """Each layer's and the state's value after each n iterations, or after the reference."""
+        ends: list[dict[int, tuple[Tensor, Tensor]]] = []
+        hooks: list[Any] = []
+        last = 0
+        with self.model.at_recurrences(self.reference or self.model.recurrences):
+            schedule = self.model.schedule
+            iterations = schedule.iterations(self.segment)
+            for count in [len(iterations)] if self.reference else self.n:
+                t = iterations[count - 1]
+                kept: dict[int, tuple[Tensor, Tensor]] = {}
+                ends.append(kept)
+                for column in range(len(self.columns)):
+
+                    def keep(value: Tensor, hook: Any, kept: Any = kept, column: int = column) -> None:
+                        wide = value.float()
+                        kept[column] = wide, wide.norm(dim=-1)
+
+                    hook, layer = ("resid_post", column) if column < self.n_layers else ("state_out", None)
+                    name = self.model.name(hook, iteration=t, layer=layer, segment=self.segment)
+                    hooks.append((name, keep))
+                boundary = next(
+                    b for b in schedule.boundaries if b.segment == self.segment and b.iteration == t
+                )
+                last = max(last, boundary.last)
+            self.model.run_with_hooks(
+                tokens,
+                fwd_hooks=hooks,
+                return_type=None,
+                stop_at_layer=last + 1 if last + 1 < len(schedule) else None,
+            )
+        return ends
+
+    def take(self, i: int, column: int, value: Tensor) -> None:
+        """Compare with the final states."""
+        x = value.float()
+        norm = x.norm(dim=-1)
+        self._finite[i, column] = (norm.isfinite() | ~self.mask).all()
+        for series, ends in zip(self._series, self._ends, strict=True):
+            end, end_norm = ends[column]
+            if self.of == "norm":
+                series[i, column] = (x - end).norm(dim=-1)
+            else:
+                series[i, column] = torch.linalg.vecdot(x, end) / (norm * end_norm).clamp_min(_TINY)
+
+    def end(self) -> None:
+        """Classify the batch's tokens."""
+        super().end()
+        self.require_finite(self._finite)
+        prompt, position = self.mask.nonzero(as_tuple=True)
+        for a, n in enumerate(self.n):
+            one = self._series[0] if self.reference else self._series[a]
+            values = one[: n if self.reference else n - 1, :, self.mask].permute(1, 2, 0)
+            found = limiting_behaviours(values, self.tau, self.rho, of=self.of)
+            kinds = torch.nn.functional.one_hot(found.kind, len(KINDS))  # tau rho layer token kind
+            self._counts[a] += kinds.sum(-2).cpu()
+            orbits, sliders = kinds[..., 1].double(), kinds[..., 2].double()
+            sums = (orbits * found.frequency, orbits * found.amplitude, sliders * found.gradient)
+            self._sums[a] += torch.stack([each.sum(-1) for each in sums], -1).cpu()
+            if a == 0:
+                first = found.kind[0, 0]
+                layer, token = first.nonzero(as_tuple=True)
+                columns = {
+                    "prompt": torch.tensor(self._index, device=token.device)[prompt[token]],
+                    "position": position[token],
+                    "layer": layer,
+                    "kind": first[layer, token],
+                    **{k: getattr(found, k)[layer, token] for k in ("frequency", "amplitude", "gradient")},
+                }
+                self._moving.append({name: column.cpu() for name, column in columns.items()})
+        self._series, self._ends = [], []
+
+    def result(self) -> LimitTable:
+        """What was measured so far, by this process."""
+        names = ("prompt", "position", "layer", "kind", "frequency", "amplitude", "gradient")
+        whole = [torch.int64] * 4 + [torch.float64] * 3
+        moving = {
+            name: torch.cat([torch.zeros(0, dtype=dtype), *(part[name] for part in self._moving)])
+            for name, dtype in zip(names, whole, strict=True)
+        }
+        return LimitTable(
+            self.segment,
+            self.of,
+            self.reference,
+            self.columns,
+            self.n,
+            self.tau,
+            self.rho,
+            self._counts.clone(),
+            self._sums.clone(),
+            moving,
+        )
+
+
+def limit_table(
+    model: HookedLoopedTransformer,
+    prompts: Any,
+    *,
+    n: int | Sequence[int] | None = None,
+    tau: float | Sequence[float] = 0.05,
+    rho: float | Sequence[float] = 0.9,
+    of: Of = "cosine",
+    reference: int | None = None,
+    segment: str | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> LimitTable:
+    """Classify every token of every prompt at every layer, and the state that leaves each iteration.
+
+    Each batch runs twice: first to the final states, then to compare with them while the model runs. What is
+    kept of an iteration are cosines, one number a token and layer.
+
+    Args:
+        model: The model, at the number of iterations to measure.
+        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.streaming.prompts_of`.
+        n: Numbers of iterations, in firing order, e.g. ``(64, 128)``: what a run of so many says, its own last
+            state being the limit. All that the model runs by default.
+        tau: One tolerance, or several.
+        rho: One share, or several; all combinations are counted.
+        of: Whether series are of cosines to the final state or of norms of the difference from it.
+        reference: Number of iterations whose last state is the limit for every n, at or beyond what is
+            measured. Then nothing is left out of the series. None as in the paper: each n has its own last
+            state, which is left out.
+        segment: The loop; the innermost by default.
+        batch_size: Prompts a forward.
+        progress: Whether to show a progress bar, for work beyond two seconds.
+
+    Raises:
+        ValueError: If there are no prompts, an n is too small or not reached, or the reference comes before.
+        DivergedError: If states become NaN or infinite; names the first iteration.
+
+    Source:
+        arXiv 2604.11791, Algorithm 1 and tables 3 and 4 (n = 128, tau = 0.05, rho = 0.9); the grid of n, tau
+        and rho and the free reference are additions.
+    """
+    probe = LimitProbe(model, n=n, tau=tau, rho=rho, of=of, reference=reference, segment=segment)
+    probe.run(prompts, batch_size=batch_size, progress=progress, what="limiting behaviour")
+    return shared(probe.result())

@@ -1,0 +1,158 @@
+"""One iteration of a loop as a differentiable map from the state that enters to the one that leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from loop_lens.bridge import HookedLoopedTransformer
+from loop_lens.moments import DivergedError
+from loop_lens.schedule import Iteration
+
+
+class IterationMap:
+    """The derivative of one iteration at a state, by products with vectors.
+
+    The model runs up to the end of the iteration once, and only the iteration is recorded for autograd.
+    What else enters it (the prelude's output, the other stack's state in nested loops) is held.
+
+    Args:
+        model: The model; attention must be ``"eager"`` or ``"sdpa"``.
+        tokens: [prompt pos].
+        iteration: The iteration.
+        segment: The loop.
+        state: Where to take the derivative [prompt pos d_model]; the run's own state by default.
+        rows: Which prompt each row is [row]; every prompt once by default.
+        position: The position that each row is the map of, all others held [row]; all positions by default.
+
+    Attributes:
+        rows: Number of rows; each is a map of its own.
+        size: Numbers that enter, and that leave.
+
+    Raises:
+        UnknownNameError: If there is no such iteration.
+        ValueError: If the state has another shape.
+        DivergedError: If it holds NaN or infinity; names the first iteration that does.
+    """
+
+    def __init__(
+        self,
+        model: HookedLoopedTransformer,
+        tokens: Int[Tensor, "prompt pos"],
+        *,
+        iteration: Iteration,
+        segment: str,
+        state: Float[Tensor, "prompt pos d_model"] | None = None,
+        rows: Int[Tensor, " row"] | None = None,
+        position: Int[Tensor, " row"] | None = None,
+    ) -> None:
+        start = model.name("state_in", iteration=iteration, segment=segment)
+        end = model.name("state_out", iteration=iteration, segment=segment)
+        shape = (*tokens.shape, model.cfg.d_model)
+        if state is not None and state.shape != shape:
+            raise ValueError(
+                f"state has shape {tuple(state.shape)}, but here it is [prompt pos d_model] {shape}"
+            )
+        which = (torch.arange(len(tokens)) if rows is None else rows).to(tokens.device)
+        each = torch.arange(len(which), device=tokens.device)
+        position = None if position is None else position.to(tokens.device)
+        seen: dict[str, Tensor] = {}
+
+        def enter(value: Tensor, hook: Any) -> Tensor:
+            base = value.detach() if state is None else state[which].to(value)
+            torch.set_grad_enabled(True)
+            if position is None:
+                seen["in"] = base.clone().requires_grad_()
+                return seen["in"]
+            seen["in"] = base[each, position].clone().requires_grad_()
+            return base.index_put((each, position), seen["in"])
+
+        def leave(value: Tensor, hook: Any) -> None:
+            seen["out"] = value if position is None else value[each, position]
+            torch.set_grad_enabled(False)
+
+        last = next(
+            b.last for b in model.schedule.boundaries if b.segment == segment and b.iteration == iteration
+        )
+        # Flash attention has no second derivative, and products with the Jacobian itself take one.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _rows_of_initial_state(model, which):
+            model.run_with_hooks(
+                tokens[which],
+                fwd_hooks=[(start, enter), (end, leave)],
+                return_type=None,
+                stop_at_layer=last + 1 if last + 1 < len(model.schedule) else None,
+            )
+        self._in, self._out = seen["in"], seen["out"]
+        if not bool(self._in.isfinite().all() and self._out.isfinite().all()):
+            raise_diverged(model, tokens, iteration, segment, given=state is not None)
+        self.rows, self.size = len(which), self._in[0].numel()
+        self._transposed: tuple[Tensor, Tensor] | None = None
+
+    def vjp(self, vector: Float[Tensor, "row size"]) -> Float[Tensor, "row size"]:
+        """The transposed Jacobian times a vector, in float64."""
+        (product,) = torch.autograd.grad(self._out, self._in, self._like(vector), retain_graph=True)
+        return product.reshape(self.rows, -1).cpu().double()
+
+    def jvp(self, vector: Float[Tensor, "row size"]) -> Float[Tensor, "row size"]:
+        """The Jacobian times a vector, in float64.
+
+        It is the derivative of the transposed product, which is linear in its vector: unlike forward-mode
+        differentiation that needs no second run of the model.
+        """
+        if self._transposed is None:
+            with torch.enable_grad():
+                dummy = torch.zeros_like(self._out, requires_grad=True)
+                (product,) = torch.autograd.grad(self._out, self._in, dummy, create_graph=True)
+            self._transposed = dummy, product
+        dummy, product = self._transposed
+        (moved,) = torch.autograd.grad(product, dummy, self._like(vector), retain_graph=True)
+        return moved.reshape(self.rows, -1).cpu().double()
+
+    def _like(self, vector: Tensor) -> Tensor:
+        return vector.reshape(self._out.shape).to(self._out)
+
+
+@contextmanager
+def _rows_of_initial_state(model: HookedLoopedTransformer, rows: Tensor) -> Generator[None, None, None]:
+    """Give each row its own prompt's initial state, where there is one per prompt."""
+    given = model.initial_state
+    if not isinstance(given, Tensor) or len(given) == 1:
+        yield
+        return
+    model.initial_state = given[rows]
+    try:
+        yield
+    finally:
+        model.initial_state = given
+
+
+def raise_diverged(
+    model: HookedLoopedTransformer, tokens: Tensor, iteration: Iteration, segment: str, *, given: bool
+) -> None:
+    """Raise `DivergedError` for a state that is NaN or infinite; names the first iteration that is."""
+    if given:
+        raise DivergedError(
+            f"iteration {iteration} at the given state is NaN or infinite: give a finite state"
+        )
+    broken: list[Iteration] = []
+    hooks: list[Any] = []
+    for t in model.schedule.iterations(segment):
+
+        def look(value: Tensor, hook: Any, t: Iteration = t) -> None:
+            if not bool(value.isfinite().all()):
+                broken.append(t)
+
+        hooks.append((model.name("state_in", iteration=t, segment=segment), look))
+        hooks.append((model.name("state_out", iteration=t, segment=segment), look))
+    with torch.no_grad():
+        model.run_with_hooks(tokens, fwd_hooks=hooks, return_type=None)
+    raise DivergedError(
+        f"states became NaN or infinite, first in iteration {broken[0]}: fewer iterations, a wider dtype, or "
+        "other weights are needed"
+    )

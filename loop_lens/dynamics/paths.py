@@ -1,0 +1,313 @@
+"""Path independence: whether a loop ends in the same place wherever it starts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from loop_lens.bridge import HookedLoopedTransformer
+from loop_lens.dynamics.states import StateProbe
+from loop_lens.figures import new_figure
+from loop_lens.moments import Collector, Moments
+from loop_lens.results import Result, require_alike
+from loop_lens.schedule import Iteration
+from loop_lens.streaming import Batch, batches_of, device_of, prompts_of, shared
+
+PAIR = ("cosine", "distance", "relative_distance")
+PLACE = ("cosine", "worst_cosine", "distance", "worst_distance")
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class PathIndependence(Result):
+    """How alike the states are that the same prompt reaches from several initial states.
+
+    Attributes:
+        segment: The loop.
+        starts: The initial states: ``"own"``, ``"seed 1"``, ``"given 0"``, ``"prompt 0"`` (where another
+            prompt ended).
+        pairs: ``cosine``, ``distance`` and ``relative_distance`` (to the pair's mean norm) of the states that
+            leave an iteration, over tokens [iteration pair].
+        positions: ``cosine`` and ``distance``, means over pairs, with ``worst_cosine`` and ``worst_distance``,
+            over the prompts' tokens at a position [iteration position].
+    """
+
+    segment: str
+    starts: tuple[str, ...]
+    pairs: Moments
+    positions: Moments
+
+    @property
+    def iterations(self) -> tuple[Iteration, ...]:
+        """The loop's iterations, in order."""
+        return self.pairs.axes["iteration"]
+
+    @property
+    def alignment(self) -> float:
+        """Asymptotic alignment: the mean cosine, over pairs and tokens, after the last iteration."""
+        return float(self.pairs.mean("cosine")[-1].mean())
+
+    @property
+    def worst(self) -> float:
+        """The mean over tokens of the least cosine among pairs, after the last iteration."""
+        i = self.positions.metrics.index("worst_cosine")
+        return float(self.positions.total[i, -1].sum() / self.positions.count[i, -1].sum())
+
+    def merge(self, other: PathIndependence) -> PathIndependence:
+        """The result on both results' prompts.
+
+        Raises:
+            ValueError: If they are of different loops or initial states.
+        """
+        require_alike(self, other, "segment", "starts")
+        length = max(len(each.positions.axes["position"]) for each in (self, other))
+        places = [_padded(each.positions, length) for each in (self, other)]
+        return replace(self, pairs=self.pairs.merge(other.pairs), positions=places[0].merge(places[1]))
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per iteration and pair, with means and spreads over tokens; see also ``positions``."""
+        return self.pairs.to_dataframe()
+
+    def plot(self, metric: str = "cosine") -> Any:
+        """One line per pair against the iteration; a figure, not shown."""
+        values = self.pairs.mean(metric)
+        figure, axes = new_figure(6, 3.2)
+        for k, pair in enumerate(self.pairs.axes["pair"]):
+            axes.plot(range(len(values)), values[:, k], label=pair)
+        if metric != "cosine":
+            axes.set_yscale("log")
+        axes.set(xlabel="iteration", ylabel=metric.replace("_", " "))
+        if len(self.pairs.axes["pair"]) <= 12:
+            axes.legend(fontsize=7, ncols=2)
+        return figure
+
+
+def path_independence(
+    model: HookedLoopedTransformer,
+    prompts: Any,
+    *,
+    starts: int | Sequence[int] | Float[Tensor, "start pos d_model"] | None = None,
+    others: Any = None,
+    segment: str | None = None,
+    batch_size: int = 4,
+    progress: bool = True,
+) -> PathIndependence:
+    """Run the same prompts from several initial states, and compare the states after each iteration.
+
+    The model's own initial state is always one of them. Only the states of one iteration are held, so memory
+    does not grow with R. A loop into which the prompt is injected (Huginn, the retrofits, HRM-Text's low-level
+    stack) can be path-independent. Where the prompt enters by the initial state alone (Ouro, `loopify`),
+    another start is another prompt, and the measure says how much of it is forgotten.
+
+    Args:
+        model: The model, at the number of iterations to measure.
+        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.streaming.prompts_of`.
+        starts: Further initial states: a number of seeds, or the seeds, of the model's own noise; or the
+            states themselves, at least as long as the prompts. Without ``others`` 3 seeds by default.
+        others: Prompts whose states after all iterations are further initial states; at least as long as
+            the prompts.
+        segment: The loop, at whose first iteration the states are put in; the innermost by default.
+        batch_size: Prompts a forward; each has one row per initial state.
+        progress: Whether to show a progress bar, for work beyond two seconds.
+
+    Raises:
+        ValueError: If there are no prompts or no further initial states, the model has no noise to seed, or
+            a start is shorter than a prompt.
+        DivergedError: If states become NaN or infinite; names the iteration.
+
+    Source:
+        Asymptotic alignment: arXiv 2211.09961, the cosine between the states reached from the usual initial
+        state and from another input's fixed point; seeds, distances and earlier iterations are additions.
+    """
+    probe = StateProbe(model, segment=segment, least=1, what="path independence")
+    loop = probe.segment
+    entry = model.name("state_in", iteration=probe.iterations[0], segment=loop)
+    exits = model.names("state_out", segment=loop)
+    first, last = _span(model, loop)
+    seeds, given = _requested(model, 3 if starts is None and others is None else starts)
+    ended = (
+        []
+        if others is None
+        else [_end(model, tokens, exits[-1], last) for tokens in prompts_of(model, others)]
+    )
+    labels = (
+        "own",
+        *(f"seed {seed}" for seed in seeds),
+        *(f"given {k}" for k in range(len(given))),
+        *(f"prompt {k}" for k in range(len(ended))),
+    )
+    if len(labels) < 2:
+        raise ValueError(
+            "there is nothing to compare the model's own initial state with: give starts or others"
+        )
+    pairs = list(itertools.combinations(range(len(labels)), 2))
+    names = [f"{labels[a]} / {labels[b]}" for a, b in pairs]
+    collector = Collector(PAIR, {"iteration": probe.iterations, "pair": names})
+    places = _Places(probe.iterations)
+    bar = tqdm(desc="path independence", unit="batch", delay=2, disable=not progress, leave=False)
+    with bar, torch.no_grad():
+        for batch in batches_of(model, prompts, batch_size):
+            own = [_start(model, batch, entry, first, seed) for seed in (None, *seeds)]
+            named = zip(labels[len(own) :], [*given, *ended], strict=True)
+            begun = torch.stack([*own, *(_fitted(state, batch, label) for label, state in named)])
+            _compare(model, batch, begun, entry, exits, last, pairs, collector, places)
+            bar.update()
+    return shared(PathIndependence(loop, labels, collector.moments(), places.moments()))
+
+
+def _compare(
+    model: HookedLoopedTransformer,
+    batch: Batch,
+    begun: Tensor,
+    entry: str,
+    exits: list[str],
+    last: int | None,
+    pairs: list[tuple[int, int]],
+    collector: Collector,
+    places: _Places,
+) -> None:
+    """Run a batch from all initial states [start prompt pos d_model] at once."""
+    n, mask = len(begun), batch.mask
+    collector.begin(len(batch.tokens), batch.tokens.device)
+
+    def leave(value: Tensor, hook: Any, i: int = 0) -> None:
+        states = value.float().unflatten(0, (n, -1))
+        norms = states.norm(dim=-1)
+        cosines: list[Tensor] = []
+        distances: list[Tensor] = []
+        for k, (a, b) in enumerate(pairs):
+            apart = (states[a] - states[b]).norm(dim=-1)
+            cosine = torch.linalg.vecdot(states[a], states[b]) / (norms[a] * norms[b]).clamp_min(_TINY)
+            relative = 2 * apart / (norms[a] + norms[b]).clamp_min(_TINY)
+            collector.put(slice(0, 3), (i, k), torch.stack([cosine, apart, relative]), mask)
+            cosines.append(cosine)
+            distances.append(apart)
+        c, d = torch.stack(cosines), torch.stack(distances)
+        places.add(i, torch.stack([c.mean(0), c.amin(0), d.mean(0), d.amax(0)]), mask)
+
+    hooks: list[Any] = [(entry, lambda value, hook: begun.flatten(0, 1).to(value))]
+    for i, name in enumerate(exits):
+        hooks.append((name, lambda value, hook, i=i: leave(value, hook, i)))
+    with _noise_of(model, 0):  # what it draws is replaced, but a given state would not fit the rows
+        model.run_with_hooks(batch.tokens.repeat(n, 1), fwd_hooks=hooks, return_type=None, stop_at_layer=last)
+    collector.end()
+
+
+class _Places:
+    """Sums over prompts at each position; there are as many positions as the longest prompt has."""
+
+    def __init__(self, iterations: Sequence[Iteration]) -> None:
+        self.iterations = tuple(iterations)
+        self.sums = torch.zeros(3, len(PLACE), len(self.iterations), 0, dtype=torch.float64)
+
+    def add(self, i: int, values: Tensor, mask: Tensor) -> None:
+        """Values [metric prompt pos] of an iteration."""
+        more = values.shape[-1] - self.sums.shape[-1]
+        if more > 0:
+            self.sums = torch.nn.functional.pad(self.sums, (0, more))
+        wide = values.double().masked_fill(~mask, 0.0)
+        parts = torch.stack([mask.double().expand_as(wide), wide, wide.square()]).sum(2)
+        self.sums[:, :, i, : values.shape[-1]] += parts.cpu()
+
+    def moments(self) -> Moments:
+        """As moments; every prompt has one value at a position."""
+        axes = {"iteration": self.iterations, "position": tuple(range(self.sums.shape[-1]))}
+        count, total, squares = self.sums
+        return Moments(axes, PLACE, count, total, squares, count, total, squares)
+
+
+def _padded(moments: Moments, length: int) -> Moments:
+    more = length - len(moments.axes["position"])
+    names = ("count", "total", "squares", "prompts", "prompt_total", "prompt_squares")
+    grown = {name: torch.nn.functional.pad(getattr(moments, name), (0, more)) for name in names}
+    return replace(moments, axes={**moments.axes, "position": tuple(range(length))}, **grown)
+
+
+def _span(model: HookedLoopedTransformer, segment: str) -> tuple[int, int | None]:
+    """The loop's first firing, and the first one behind it (None at the model's end)."""
+    own = [b for b in model.schedule.boundaries if b.segment == segment]
+    behind = own[-1].last + 1
+    return own[0].first, behind if behind < len(model.schedule) else None
+
+
+def _requested(
+    model: HookedLoopedTransformer, starts: int | Sequence[int] | Tensor | None
+) -> tuple[list[int], list[Tensor]]:
+    if isinstance(starts, Tensor):
+        if starts.ndim != 3 or starts.shape[-1] != model.cfg.d_model:
+            raise ValueError(
+                f"starts has shape {tuple(starts.shape)}, but states are [start pos d_model={model.cfg.d_model}]"
+            )
+        return [], list(starts)
+    own = model.initial_state if isinstance(model.initial_state, int) else 0
+    seeds = list(range(own + 1, own + 1 + starts)) if isinstance(starts, int) else list(starts or ())
+    if seeds and model.initial_state is None:
+        raise ValueError(
+            "this model's loop starts from its own input and has no noise to seed: give starts as a tensor "
+            "[start pos d_model], or others=prompts"
+        )
+    return seeds, []
+
+
+@contextmanager
+def _noise_of(model: HookedLoopedTransformer, seed: int | None) -> Generator[None, None, None]:
+    """Start from a seed's noise, where the model has noise; from its own state with None."""
+    own = model.initial_state
+    if seed is None or own is None:
+        yield
+        return
+    model.initial_state = seed
+    try:
+        yield
+    finally:
+        model.initial_state = own
+
+
+def _start(
+    model: HookedLoopedTransformer, batch: Batch, entry: str, first: int, seed: int | None
+) -> Float[Tensor, "prompt pos d_model"]:
+    """The state that enters the loop."""
+    seen: list[Tensor] = []
+    with _noise_of(model, seed):
+        model.run_with_hooks(
+            batch.tokens,
+            fwd_hooks=[(entry, lambda value, hook: seen.append(value))],
+            return_type=None,
+            stop_at_layer=first + 1 if first + 1 < len(model.schedule) else None,
+        )
+    return seen[0]
+
+
+@torch.no_grad()
+def _end(
+    model: HookedLoopedTransformer, tokens: Tensor, name: str, last: int | None
+) -> Float[Tensor, "pos d_model"]:
+    """The state in which a prompt's own run ends."""
+    seen: list[Tensor] = []
+    model.run_with_hooks(
+        tokens[None].to(device_of(model)),
+        fwd_hooks=[(name, lambda value, hook: seen.append(value[0]))],
+        return_type=None,
+        stop_at_layer=last,
+    )
+    return seen[0]
+
+
+def _fitted(state: Tensor, batch: Batch, label: str) -> Float[Tensor, "prompt pos d_model"]:
+    """A state [pos d_model] cut to a batch's length, for each of its prompts."""
+    n = batch.tokens.shape[1]
+    if len(state) < n:
+        raise ValueError(
+            f"the start {label!r} has {len(state)} positions, and prompt {batch.index[-1]} has {n} tokens: give "
+            "starts at least as long as the prompts"
+        )
+    return state[:n].to(batch.tokens.device).expand(len(batch.tokens), -1, -1)

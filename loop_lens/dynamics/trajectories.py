@@ -1,0 +1,355 @@
+"""Trajectories of states in the few directions in which they vary most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loop_lens.bridge import HookedLoopedTransformer
+from loop_lens.dynamics.states import STATE, Column, StateProbe, tidy
+from loop_lens.figures import new_figure
+from loop_lens.results import Result
+from loop_lens.schedule import Iteration
+from loop_lens.streaming import Batch, Ends, shared
+
+Fit = Literal["joint", "layer"]
+Over = Literal["position", "tokens"]
+
+
+@dataclass(frozen=True)
+class Trajectories(Result):
+    """One position's states of each prompt, by principal components.
+
+    Attributes:
+        segment: The loop.
+        iterations: Its iterations, in order.
+        layers: Its layers, perhaps with ``"state"``.
+        fit: ``"joint"`` where all layers share components, ``"layer"`` where each has its own.
+        prompt: Each prompt's place among those given [prompt].
+        position: The position that is shown of it [prompt].
+        coordinates: [prompt iteration layer component].
+        mean: What is subtracted first [group d_model]; one group, or one a layer.
+        components: Directions of unit length, the largest entry positive [group component d_model].
+        variance: Of the states along each [group component].
+        explained: The same as a share of the whole variance [group component].
+    """
+
+    segment: str
+    iterations: tuple[Iteration, ...]
+    layers: tuple[Column, ...]
+    fit: Fit
+    prompt: Tensor
+    position: Tensor
+    coordinates: Tensor
+    mean: Tensor
+    components: Tensor
+    variance: Tensor
+    explained: Tensor
+
+    @property
+    def quartile(self) -> tuple[int, ...]:
+        """The quarter of the run that each iteration is in, 1 to 4."""
+        n = len(self.iterations)
+        return tuple(4 * i // n + 1 for i in range(n))
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per prompt, iteration and layer (missing at the state), with coordinates ``pc1``, ..."""
+        n = len(self.layers)
+        index = pd.MultiIndex.from_product(
+            [range(len(self.prompt)), range(len(self.iterations)), range(n)], names=["p", "i", "k"]
+        ).to_frame(index=False)
+        table = pd.DataFrame(
+            {
+                "prompt": [int(self.prompt[p]) for p in index.p],
+                "position": [int(self.position[p]) for p in index.p],
+                "iteration": [self.iterations[i] for i in index.i],
+                "quartile": [self.quartile[i] for i in index.i],
+                "layer": [self.layers[k] for k in index.k],
+            }
+        )
+        flat = self.coordinates.flatten(0, 2)
+        for c in range(flat.shape[1]):
+            table[f"pc{c + 1}"] = flat[:, c].tolist()
+        return tidy(table)
+
+    def plot(self, *, prompt: int = 0, projection: Literal["2d", "3d"] = "2d") -> Any:
+        """One panel per quartile of iterations, one line per layer; a figure, not shown.
+
+        Args:
+            prompt: Which prompt, in the order of ``prompt``.
+            projection: Two components, or three.
+
+        Raises:
+            ValueError: If there are fewer components or prompts.
+        """
+        dims = 3 if projection == "3d" else 2
+        if self.coordinates.shape[-1] < dims:
+            raise ValueError(
+                f"a {projection} plot needs {dims} components, and {self.coordinates.shape[-1]} were kept"
+            )
+        if not 0 <= prompt < len(self.prompt):
+            raise ValueError(f"prompt {prompt} does not exist: there are prompts 0-{len(self.prompt) - 1}")
+        quarters = sorted(set(self.quartile))
+        options: dict[str, Any] = {"subplot_kw": {"projection": "3d"}} if dims == 3 else {}
+        size = (3.4 if dims == 3 else 3) * len(quarters)
+        figure, panels = new_figure(size, 3.4, 1, len(quarters), squeeze=False, **options)
+        shown = self.coordinates[prompt].flatten(0, 1)
+        ends = zip(shown.amin(0).tolist(), shown.amax(0).tolist(), strict=True)
+        limits = [(low - 0.05 * (high - low), high + 0.05 * (high - low)) for low, high in ends]
+        for axes, quarter in zip(panels[0], quarters, strict=True):
+            at = [i for i, q in enumerate(self.quartile) if q == quarter]
+            for k, layer in enumerate(self.layers):
+                points = self.coordinates[prompt, at, k, :dims].T.tolist()
+                label = layer if isinstance(layer, str) else f"layer {layer}"
+                axes.plot(*points, "o-", markersize=2.5, linewidth=0.7, label=label)
+            axes.set(title=f"iterations {self.iterations[at[0]]} to {self.iterations[at[-1]]}")
+            names = [
+                f"pc{c + 1}" + ("" if self.fit == "layer" else f" ({100 * self.explained[0, c]:.0f}%)")
+                for c in range(dims)
+            ]
+            axes.set(xlabel=names[0], ylabel=names[1], xlim=limits[0], ylim=limits[1])
+            if dims == 3:
+                axes.set(zlabel=names[2], zlim=limits[2])
+        panels[0][0].legend(fontsize=7)
+        return figure
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The chosen states of some prompts, and the spread of all their states."""
+
+    index: Tensor
+    position: Tensor
+    states: Tensor
+    scatter: tuple[Scatter, ...]
+
+    def merge(self, other: _Kept) -> _Kept:
+        index = torch.cat([self.index, other.index])
+        order = index.argsort()
+        return _Kept(
+            index[order],
+            torch.cat([self.position, other.position])[order],
+            torch.cat([self.states, other.states])[order],
+            tuple(a.merge(b) for a, b in zip(self.scatter, other.scatter, strict=True)),
+        )
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Number, mean and scatter matrix of vectors; those of parts merge exactly.
+
+    Attributes:
+        count: How many vectors.
+        mean: [d_model], in float64.
+        scatter: The sum of outer products of differences from the mean [d_model d_model], in float64.
+    """
+
+    count: int
+    mean: Tensor
+    scatter: Tensor
+
+    @classmethod
+    def of(cls, x: Float[Tensor, "vector d_model"]) -> Scatter:
+        """Of some vectors."""
+        wide = x.double()
+        mean = wide.mean(0)
+        return cls(len(x), mean, (wide - mean).T @ (wide - mean))
+
+    def merge(self, other: Scatter) -> Scatter:
+        """Of both parts' vectors."""
+        if self.count == 0 or other.count == 0:
+            return other if self.count == 0 else self
+        count = self.count + other.count
+        apart = other.mean - self.mean
+        between = torch.outer(apart, apart) * (self.count * other.count / count)
+        mean = self.mean + apart * (other.count / count)
+        return Scatter(count, mean, self.scatter + other.scatter + between)
+
+
+class TrajectoryProbe(StateProbe):
+    """Keeps one position's states in a run of `loop_lens.streaming.measure`, within `listening`.
+
+    Args:
+        model: The model, at the number of iterations to measure.
+        position: The position to keep; below 0 from each prompt's end.
+        layers: The layers to keep, among them perhaps ``"state"``; all layers by default.
+        segment: The loop; the innermost by default.
+        fit: Whether states of all layers are one cloud.
+        over: Whether to accumulate the scatter of all tokens' states.
+
+    Raises:
+        ValueError: If the loop runs once only, or a layer does not exist.
+    """
+
+    def __init__(
+        self,
+        model: HookedLoopedTransformer,
+        *,
+        position: int = -1,
+        layers: Sequence[Column] | None = None,
+        segment: str | None = None,
+        fit: Fit = "joint",
+        over: Over = "position",
+    ) -> None:
+        super().__init__(model, segment=segment, least=2, what="a trajectory")
+        self.layers: tuple[Column, ...] = tuple(self.columns[:-1] if layers is None else layers)
+        missing = [layer for layer in self.layers if layer not in self.columns]
+        if missing or not self.layers:
+            which = f"layer {missing[0]!r} does not exist" if missing else "layers is empty"
+            raise ValueError(f"{which}: {self.segment!r} has layers 0-{self.n_layers - 1} and {STATE!r}")
+        self._place = {self.columns.index(layer): k for k, layer in enumerate(self.layers)}
+        self._position, self._fit, self._over = position, fit, over
+        self._kept: list[_Kept] = []
+        d = int(model.cfg.d_model)
+        groups = 1 if fit == "joint" else len(self.layers)
+        empty = Scatter(0, torch.zeros(0), torch.zeros(0))
+        self._scatter = [empty] * (groups if over == "tokens" else 0)
+        self._shape = (len(self.iterations), len(self.layers), d)
+
+    def begin(self, batch: Batch, ends: Ends) -> None:
+        """Find the position in each prompt."""
+        lengths = batch.lengths
+        where = lengths + self._position if self._position < 0 else torch.full_like(lengths, self._position)
+        bad = (where < 0) | (where >= lengths)
+        if bool(bad.any()):
+            k = int(bad.nonzero()[0, 0])
+            raise ValueError(
+                f"position {self._position} does not exist in prompt {batch.index[k]}, which has "
+                f"{int(lengths[k])} tokens"
+            )
+        super().begin(batch, ends)
+        self._index, self._where = batch.index, where
+        self._states = torch.zeros(len(batch.tokens), *self._shape)
+        self._finite = torch.ones(self._shape[:2], dtype=torch.bool)
+
+    def wants(self, hook: str, firing: Any) -> bool:
+        """The layers that were chosen."""
+        return super().wants(hook, firing) and firing.layer in self._place
+
+    def take(self, i: int, column: int, value: Tensor) -> None:
+        """Keep the position's state; add all to the scatter."""
+        k = self._place.get(column)
+        if k is None:
+            return
+        one = value[torch.arange(len(value), device=value.device), self._where].float()
+        self._states[:, i, k] = one.cpu()
+        self._finite[i, k] = bool((value.norm(dim=-1).isfinite() | ~self.mask).all())
+        if self._scatter and bool(self._finite[i, k]):
+            group = 0 if self._fit == "joint" else k
+            self._scatter[group] = self._scatter[group].merge(Scatter.of(value[self.mask]))
+
+    def end(self) -> None:
+        """Finish a batch."""
+        super().end()
+        self.require_finite(self._finite)
+        self._kept.append(_Kept(torch.tensor(self._index), self._where.cpu(), self._states, ()))
+
+    def kept(self) -> _Kept:
+        """What was kept so far, in the order of prompts."""
+        none = torch.zeros(0, dtype=torch.int64)
+        whole = _Kept(none, none, torch.zeros(0, *self._shape), ())
+        for part in self._kept:
+            whole = whole.merge(part)
+        scatter = tuple(Scatter(s.count, s.mean.cpu(), s.scatter.cpu()) for s in self._scatter)
+        return _Kept(whole.index, whole.position, whole.states, scatter)
+
+
+def trajectories(
+    model: HookedLoopedTransformer,
+    prompts: Any,
+    *,
+    components: int = 3,
+    position: int = -1,
+    layers: Sequence[Column] | None = None,
+    fit: Fit = "joint",
+    over: Over = "position",
+    segment: str | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Trajectories:
+    """Principal components of a token's states at every layer and iteration.
+
+    Args:
+        model: The model, at the number of iterations to measure.
+        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.streaming.prompts_of`. One prompt
+            in the paper; of several, the states are one cloud.
+        components: How many to keep.
+        position: The position whose trajectory is shown; below 0 from each prompt's end.
+        layers: The layers, among them perhaps ``"state"`` (what leaves an iteration, behind a loop's norm);
+            all layers by default.
+        fit: ``"joint"`` fits one set of components to the states of all these layers, ``"layer"`` one to
+            each layer's.
+        over: What components are fitted to: the states at ``position`` alone, which are kept, or those of all
+            ``"tokens"``, of which only mean and covariance [d_model d_model] are, in float64 (1 GB of
+            them at a d_model of 11,000).
+        segment: The loop; the innermost by default.
+        batch_size: Prompts a forward.
+        progress: Whether to show a progress bar, for work beyond two seconds.
+
+    Raises:
+        ValueError: If there are no prompts, the loop runs once only, a position or layer does not exist, or
+            there are fewer directions than components.
+        DivergedError: If states become NaN or infinite; names the first iteration.
+
+    Source:
+        arXiv 2604.11791, the PCA of all latent states of the last token of one prompt, by quartiles of
+        recurrence; fits per layer and to all tokens are additions.
+    """
+    if fit not in ("joint", "layer") or over not in ("position", "tokens"):
+        raise ValueError(
+            f"fit={fit!r}, over={over!r} is unknown: fit is 'joint' or 'layer', over 'position' or 'tokens'"
+        )
+    probe = TrajectoryProbe(model, position=position, layers=layers, segment=segment, fit=fit, over=over)
+    probe.run(prompts, batch_size=batch_size, progress=progress, what="trajectories")
+    kept = shared(probe.kept())
+    groups = kept.states.double().transpose(0, 2)  # layer iteration prompt d_model
+    groups = groups.reshape(len(probe.layers) if fit == "layer" else 1, -1, groups.shape[-1])
+    fitted = [
+        _fit(kept.scatter[g] if over == "tokens" else states, components) for g, states in enumerate(groups)
+    ]
+    mean, axes, variance, explained = (torch.stack(each) for each in zip(*fitted, strict=True))
+    centred = kept.states.double() - mean[None, None]
+    per_layer = axes.expand(len(probe.layers), -1, -1)
+    coordinates = torch.einsum("pild,lcd->pilc", centred, per_layer)
+    return Trajectories(
+        probe.segment,
+        probe.iterations,
+        probe.layers,
+        fit,
+        kept.index,
+        kept.position,
+        coordinates,
+        mean,
+        axes,
+        variance,
+        explained,
+    )
+
+
+def _fit(cloud: Tensor | Scatter, components: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean, directions, variances and their shares; of vectors, or of their scatter."""
+    count, d = (cloud.count, len(cloud.mean)) if isinstance(cloud, Scatter) else cloud.shape
+    most = min(count - 1, d)
+    if not 1 <= components <= most:
+        raise ValueError(
+            f"components={components} is not between 1 and {most}: {count} states of {d} numbers"
+        )
+    if isinstance(cloud, Scatter):
+        mean = cloud.mean
+        values, vectors = torch.linalg.eigh(cloud.scatter)
+        squares, axes = values.flip(0).clamp_min(0), vectors.flip(1).T
+    else:
+        mean = cloud.mean(0)
+        _, singular, axes = torch.linalg.svd(cloud - mean, full_matrices=False)
+        squares = singular**2
+    axes = axes[:components]
+    largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
+    variance = squares / (count - 1)
+    share = variance / variance.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return mean, axes * largest.sign(), variance[:components], share[:components]
