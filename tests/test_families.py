@@ -343,7 +343,7 @@ def test_remote_code_runs_only_when_asked_for(tmp_path: Path) -> None:
         loop_lens.boot(folder)
 
 
-@pytest.mark.parametrize("name", ["no/such/folder", "./nowhere", "loop-lens/hops", "plainname"])
+@pytest.mark.parametrize("name", ["no/such/folder", "./nowhere", "loop-lens/nothing", "plainname"])
 def test_a_checkpoint_that_is_not_there(name: str) -> None:
     with pytest.raises(FileNotFoundError, match=name):
         loop_lens.boot(name)
