@@ -5,7 +5,8 @@ from loop_lens.training.config import TrainingConfig
 from loop_lens.training.curriculum import Curriculum
 from loop_lens.training.losses import ExitGateLoss, LastIteration, Loss, WeightedIterations
 from loop_lens.training.recurrences import Fixed, LogNormalPoisson, Ramp, Recurrences, Uniform
-from loop_lens.training.trainer import NonFiniteLossError, StepRecord, TrainingResult, train
+from loop_lens.training.result import StepRecord, TrainingResult
+from loop_lens.training.trainer import NonFiniteLossError, train
 
 __all__ = [
     "CheckpointError",

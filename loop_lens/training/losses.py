@@ -33,7 +33,7 @@ class Loss(ABC):
             gates: Logits of the exit gate, where the model has one.
         """
 
-    def require(self, config: LoopedConfig, recurrences: int | None) -> None:
+    def require(self, config: LoopedConfig, recurrences: int | None) -> None:  # noqa: B027 (most losses fit all)
         """Raise unless a model can be trained by this loss.
 
         Args:

@@ -6,11 +6,9 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-import pandas as pd
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
@@ -18,7 +16,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from loop_lens.data.task import IGNORED
-from loop_lens.figures import new_figure
 from loop_lens.model.modeling import LoopedTransformer
 from loop_lens.training.checkpoints import (
     CheckpointError,
@@ -32,6 +29,7 @@ from loop_lens.training.checkpoints import (
 )
 from loop_lens.training.config import TrainingConfig
 from loop_lens.training.draws import generator_of, noise_state, number_of
+from loop_lens.training.result import StepRecord, TrainingResult
 
 if TYPE_CHECKING:
     from loop_lens.data.task import Task
@@ -42,68 +40,6 @@ _MAY_CHANGE = ("steps", "checkpoint_every", "log_every")
 
 class NonFiniteLossError(RuntimeError):
     """A loss or a gradient that is not a number any more."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One step, as callbacks see it.
-
-    Attributes:
-        step: Number of steps done, this one included.
-        loss: Mean loss over labelled positions, in nats.
-        accuracy: Share of labelled positions that the last iteration names, 0 to 1.
-        lr: Learning rate.
-        level: Level of the task.
-        recurrences: Number of iterations.
-        grad_norm: Norm of all gradients together, before clipping.
-    """
-
-    step: int
-    loss: float
-    accuracy: float
-    lr: float
-    level: int
-    recurrences: int
-    grad_norm: float
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """A training that came to its end.
-
-    Attributes:
-        model: The trained model, in eval mode.
-        folder: Where its log, its last checkpoint and, under ``model``, the model itself lie.
-        log: One row per `TrainingConfig.log_every` steps: step, loss and accuracy (means since the row
-            before), lr, level, recurrences, grad_norm, seconds.
-        steps: Number of steps done.
-        passed: For each level of the curriculum that was passed, after how many steps.
-        seconds: Time spent, that of interrupted runs included up to their last checkpoint.
-    """
-
-    model: LoopedTransformer
-    folder: Path
-    log: pd.DataFrame
-    steps: int
-    passed: dict[int, int]
-    seconds: float
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """The log."""
-        return self.log
-
-    def plot(self) -> Any:
-        """Draw loss and accuracy over the steps; a matplotlib figure, not shown."""
-        figure, (above, below) = new_figure(7, 4.5, rows=2, sharex=True)
-        above.plot(self.log["step"], self.log["loss"], linewidth=1)
-        below.plot(self.log["step"], self.log["accuracy"], linewidth=1)
-        for level, step in self.passed.items():
-            for axes in (above, below):
-                axes.axvline(step, color="grey", linewidth=0.6, linestyle=":")
-            below.annotate(f"{level}", (step, 0.02), fontsize=7, color="grey", ha="right")
-        above.set(ylabel="loss (nats)", yscale="log")
-        below.set(ylabel="accuracy", xlabel="step", ylim=(0, 1.02))
-        return figure
 
 
 def train(
@@ -244,7 +180,7 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss, loss_sum, correct, labelled = self._loss(forward, step, level, recurrences)
-        sums = accelerator.reduce(torch.stack([loss_sum, correct])).tolist()
+        sums = cast(Tensor, accelerator.reduce(torch.stack([loss_sum, correct]))).tolist()
         if not math.isfinite(sums[0]):
             raise NonFiniteLossError(self._diverged(f"the loss is {sums[0]}"))
         accelerator.backward(loss)
@@ -372,7 +308,8 @@ def _accelerator(config: TrainingConfig, model: LoopedTransformer) -> Accelerato
     accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[ddp])
     if config.batch_size % accelerator.num_processes:
         raise ValueError(
-            f"batch_size {config.batch_size} cannot be shared by {accelerator.num_processes} processes: make it a multiple"
+            f"batch_size {config.batch_size} cannot be shared by {accelerator.num_processes} processes: "
+            "make it a multiple"
         )
     return accelerator
 
