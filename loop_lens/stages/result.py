@@ -1,0 +1,279 @@
+"""Stages of inference by realised depth, by recurrence, and by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from loop_lens.figures import new_figure
+from loop_lens.moments import Moments, Over
+from loop_lens.results import Result, require_alike
+from loop_lens.schedule import Iteration
+
+By = Literal["depth", "recurrence", "layer"]
+Span = Literal["model", "block"]
+BY: tuple[By, ...] = ("depth", "recurrence", "layer")
+SPANS: tuple[Span, ...] = ("model", "block")
+_LABELLED = 8  # curves that get a legend entry each; beyond, evenly spaced ones
+
+
+class Curve(NamedTuple):
+    """One line of a grouping.
+
+    Attributes:
+        label: What it is, e.g. ``"recurrence 3"``, ``"prelude"`` or ``"loop layer 2"``.
+        at: Where its firings lie on the grouping's axis [firing].
+        mean: The metric's mean [firing].
+        spread: Standard deviation over prompts' means [firing].
+        recurrence: The recurrence, None for what is outside the loop.
+    """
+
+    label: str
+    at: Tensor
+    mean: Tensor
+    spread: Tensor
+    recurrence: int | None
+
+
+@dataclass(frozen=True)
+class Stages(Result):
+    """What attention and the residual stream do at every firing.
+
+    Attributes:
+        firings: Segment, iteration, layer and physical block of each firing, in order.
+        tau: Mean attention from which a head counted as a sink.
+        sink_token: Position of the token that may be the sink.
+        moments: Of each metric, over prompts (or tokens) [firing].
+        heads: Of ``concentration``, ``sink`` (mean attention to the sink's token) and ``mixing``, over
+            prompts [firing head]; None without attention.
+    """
+
+    firings: tuple[tuple[str, Iteration, int, int], ...]
+    tau: float
+    sink_token: int
+    moments: Moments
+    heads: Moments | None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics."""
+        return self.moments.metrics
+
+    @property
+    def recurrences(self) -> int:
+        """Number of iterations of the outermost loop; 0 of a feed-forward model."""
+        return len({t for t in self._recurrence if t is not None})
+
+    @cached_property
+    def _recurrence(self) -> tuple[int | None, ...]:
+        """The outermost loop's iteration of each firing."""
+        return tuple(t[0] if isinstance(t, tuple) else t for _, t, _, _ in self.firings)
+
+    @cached_property
+    def _visit(self) -> tuple[int, ...]:
+        """How often each firing's block has fired before."""
+        seen: dict[int, int] = {}
+        visits: list[int] = []
+        for _, _, _, block in self.firings:
+            visits.append(seen.get(block, 0))
+            seen[block] = visits[-1] + 1
+        return tuple(visits)
+
+    def percent(self, *, span: Span = "model") -> Tensor:
+        """How far through a recurrence each firing ends, in % of its blocks [firing].
+
+        Args:
+            span: What counts as 100%: ``"model"``, the prelude, one recurrence and the coda, as if the loop
+                ran once, or ``"block"``, one recurrence alone; what is outside the loop is NaN then. A
+                feed-forward model is one recurrence.
+
+        Raises:
+            ValueError: If the span is unknown.
+        """
+        if span not in SPANS:
+            raise ValueError(f"span={span!r} is unknown: choose 'model' or 'block'")
+        inside = [t is not None for t in self._recurrence]
+        if not any(inside):
+            n = len(self.firings)
+            return 100 * torch.arange(1, n + 1, dtype=torch.float64) / n
+        before, each = inside.index(True), sum(t == 0 for t in self._recurrence)
+        whole = each if span == "block" else inside.count(False) + each
+        places: list[float] = []
+        starts: dict[int, int] = {}
+        for i, t in enumerate(self._recurrence):
+            if t is not None:
+                place = i - starts.setdefault(t, i) + (before if span == "model" else 0)
+            elif span == "block":
+                place = float("nan")
+            else:
+                place = i if i < before else i - sum(inside) + each
+            places.append(place + 1)
+        return 100 * torch.tensor(places, dtype=torch.float64) / whole
+
+    def mean(self, metric: str, *, over: Over = "values") -> Tensor:
+        """Mean [firing] over prompts (or tokens), or over prompts' means."""
+        return self.moments.mean(metric, over=over)
+
+    def std(self, metric: str, *, over: Over = "values") -> Tensor:
+        """Standard deviation [firing] of what went in, or of prompts' means."""
+        return self.moments.std(metric, over=over)
+
+    def merge(self, other: Stages) -> Stages:
+        """The result on both results' prompts.
+
+        Raises:
+            ValueError: If they are of different models, sinks or metrics.
+        """
+        require_alike(self, other, "firings", "tau", "sink_token", "metrics")
+        heads = self.heads.merge(other.heads) if self.heads and other.heads else None
+        return replace(self, moments=self.moments.merge(other.moments), heads=heads)
+
+    def curves(self, metric: str, *, by: By = "depth", span: Span = "model") -> list[Curve]:
+        """A metric's lines in one of the three groupings.
+
+        Args:
+            metric: One of `metrics`.
+            by: ``"depth"``: one line over all firings, which count from 1. ``"recurrence"``: one line for
+                each recurrence, and for the prelude and the coda, over % of depth, see `percent`.
+                ``"layer"``: one line for each physical layer over how often it has fired.
+            span: What counts as 100% of depth.
+
+        Raises:
+            ValueError: If the metric, grouping or span is unknown.
+        """
+        mean, spread = self.mean(metric), self.std(metric, over="prompts")
+        groups: dict[tuple[str, int | None], list[int]] = {}
+        if by == "depth":
+            groups["model", None] = list(range(len(self.firings)))
+            at = torch.arange(1, len(self.firings) + 1, dtype=torch.float64)
+        elif by == "recurrence":
+            at = self.percent(span=span)
+            for i, (t, (segment, _, _, _)) in enumerate(zip(self._recurrence, self.firings, strict=True)):
+                if not bool(at[i].isnan()):
+                    groups.setdefault((segment if t is None else f"recurrence {t}", t), []).append(i)
+        elif by == "layer":
+            at = torch.tensor(self._visit, dtype=torch.float64)
+            for i, (segment, t, layer, _) in enumerate(self.firings):
+                label = f"{segment} layer {layer}"
+                groups.setdefault((label, None if t is None else 0), []).append(i)
+        else:
+            raise ValueError(f"by={by!r} is unknown: choose one of {', '.join(BY)}")
+        return [
+            Curve(label, at[rows], mean[rows], spread[rows], recurrence)
+            for (label, recurrence), rows in groups.items()
+        ]
+
+    def to_dataframe(self, *, by: By = "depth", span: Span = "model") -> pd.DataFrame:
+        """One row per firing: where it is in each grouping, then each metric's mean and spreads.
+
+        Args:
+            by: What the rows are ordered by.
+            span: What counts as 100% of depth, see `percent`.
+        """
+        if by not in BY:
+            raise ValueError(f"by={by!r} is unknown: choose one of {', '.join(BY)}")
+        table = pd.concat([self._places(span), self.moments.to_dataframe().drop(columns="firing")], axis=1)
+        order = {"depth": ["depth"], "recurrence": ["recurrence", "depth"], "layer": ["block", "depth"]}[by]
+        return table.sort_values(order, na_position="first", ignore_index=True)
+
+    def _places(self, span: Span) -> pd.DataFrame:
+        segment, iteration, layer, block = zip(*self.firings, strict=True)
+        return pd.DataFrame(
+            {
+                "depth": range(1, len(self.firings) + 1),
+                "segment": segment,
+                "iteration": pd.Series(iteration, dtype=object),
+                "layer": layer,
+                "block": block,
+                "recurrence": pd.array(self._recurrence, dtype="Int64"),
+                "visit": self._visit,
+                "percent": self.percent(span=span).tolist(),
+            }
+        )
+
+    def heads_to_dataframe(self) -> pd.DataFrame:
+        """One row per firing and head: where it is, then each head's metrics.
+
+        Raises:
+            ValueError: If attention was not measured.
+        """
+        if self.heads is None:
+            raise ValueError("attention was not measured: measure again with patterns=True")
+        n = len(self.heads.axes["head"])
+        places = self._places("model")
+        places = places.loc[places.index.repeat(n)].reset_index(drop=True)
+        return pd.concat([places, self.heads.to_dataframe().drop(columns="firing")], axis=1)
+
+    def plot(
+        self,
+        metric: str = "entropy",
+        by: By = "depth",
+        *,
+        span: Span = "model",
+        against: Stages | Mapping[str, Stages] | None = None,
+    ) -> Any:
+        """A metric in one of the three groupings; a figure, not shown.
+
+        Args:
+            metric: One of `metrics`.
+            by: The grouping, see `curves`.
+            span: What counts as 100% of depth.
+            against: References to draw dashed over it, such as a feed-forward model's stages; by name,
+                if several.
+        """
+        figure, axes = new_figure(6.4, 3.4)
+        mine = self.curves(metric, by=by, span=span)
+        looping = [curve for curve in mine if curve.recurrence is not None]
+        shades = _shades(len(looping))
+        step = -(-len(looping) // _LABELLED) if looping else 1
+        for curve in mine:
+            if curve.recurrence is None:
+                if by == "layer":
+                    axes.axhline(float(curve.mean[0]), color="0.7", linewidth=0.8, linestyle=":")
+                    continue
+                color, label = ("C0" if by == "depth" else "0.5"), None if by == "depth" else curve.label
+            else:
+                k = next(i for i, other in enumerate(looping) if other is curve)
+                color, label = shades[k], curve.label if k % step == 0 else None
+            style = "o-" if len(curve.at) == 1 else "-"
+            axes.plot(curve.at, curve.mean, style, color=color, label=label, markersize=3)
+            low, high = curve.mean - curve.spread, curve.mean + curve.spread
+            axes.fill_between(curve.at, low, high, color=color, alpha=0.12, linewidth=0)
+        if by == "depth" and self.recurrences <= 64:
+            for i in range(1, len(self.firings)):
+                if self._recurrence[i] != self._recurrence[i - 1]:
+                    axes.axvline(i + 0.5, color="0.85", linewidth=0.6, zorder=0)
+        references = {"reference": against} if isinstance(against, Stages) else dict(against or {})
+        for k, (name, other) in enumerate(references.items()):
+            color = "black" if k == 0 else f"C{k}"
+            for j, curve in enumerate(other.curves(metric, by=by, span=span)):
+                label = name if j == 0 else None
+                if by == "layer" and len(curve.at) == 1:
+                    axes.axhline(float(curve.mean), color=color, linewidth=0.6, linestyle="--", label=label)
+                else:
+                    axes.plot(curve.at, curve.mean, "--", color=color, linewidth=1.2, label=label)
+        axes.set(xlabel=_axis(by, span), ylabel=metric.replace("_", " "))
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7, ncols=2)
+        return figure
+
+
+def _shades(n: int) -> list[Any]:
+    """Colours from early to late."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.9 * k / max(n - 1, 1)) for k in range(n)]
+
+
+def _axis(by: By, span: Span) -> str:
+    if by == "depth":
+        return "firing"
+    if by == "layer":
+        return "recurrence"
+    return "% of depth, prelude and coda included" if span == "model" else "% of the recurrent block's depth"
