@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -279,14 +279,14 @@ class LoopedModel(LoopedPreTrainedModel):
         initial_state: Tensor | None = None,
         output_hidden_states: bool | None = None,
         backprop_iterations: int | None = None,
-        read_iterations: bool = False,
+        read_iterations: bool | Collection[int] = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Cache | None, Tensor | None, tuple[Tensor, ...]]:
         """Run all blocks. See `LoopedTransformer.forward` for the arguments.
 
         Returns:
             The final normed stream [batch pos d_model], or that of every iteration
-            [iteration batch pos d_model] if asked for, the cache, the exit gate's logits
+            [iteration batch pos d_model] that was asked for, the cache, the exit gate's logits
             [iteration batch pos], and every firing's output if asked for.
         """
         config, site = self.config, self.site
@@ -342,6 +342,11 @@ class LoopedModel(LoopedPreTrainedModel):
         # Hooks may write in place: the state must never be the tensor that is injected again.
         state = site("hook_initial_state", state.clone() if state is e else state)
         grad, states = torch.is_grad_enabled(), list[Tensor]()
+        wanted = range(config.recurrences) if read_iterations is True else read_iterations or ()
+        if any(not 0 <= t < config.recurrences for t in wanted):
+            raise ValueError(
+                f"iterations {list(wanted)} cannot all be read: there are 0-{config.recurrences - 1}"
+            )
         first_grad = 0 if backprop_iterations is None else config.recurrences - backprop_iterations
         for t in range(config.recurrences):
             if t == first_grad > 0:
@@ -361,7 +366,7 @@ class LoopedModel(LoopedPreTrainedModel):
             if config.exit_gate:
                 gate = self.exit_gate(state).squeeze(-1)
                 gates.append(site(f"loop.{t}.hook_exit_gate", gate))
-            if read_iterations:
+            if t in wanted:
                 states.append(state)
         # Rows that joined later have no gates of earlier iterations.
         whole = all(gate.shape == state.shape[:-1] for gate in gates)
@@ -412,7 +417,7 @@ class LoopedTransformer(LoopedPreTrainedModel, GenerationMixin):
         initial_state: Tensor | None = None,
         cache: Cache | None = None,
         backprop_iterations: int | None = None,
-        read_iterations: bool = False,
+        read_iterations: bool | Collection[int] = False,
         places: Tensor | None = None,
         **kwargs: Any,
     ) -> LoopedOutput:
@@ -433,8 +438,9 @@ class LoopedTransformer(LoopedPreTrainedModel, GenerationMixin):
             cache: Another name of ``past_key_values``, the one of transformers 5.24 and later.
             backprop_iterations: Keep a graph of this many last iterations only; earlier ones run without,
                 so that neither their state nor what they inject gets gradients. None for all.
-            read_iterations: Whether to return what the model would say after each iteration, from one
-                forward. Not with a key-value cache, nor on a model whose hooks are in use.
+            read_iterations: Whether to return what the model would say after each iteration, or after these
+                iterations (from 0, in order), from one forward; ``logits`` are then the last one's. Not with
+                a key-value cache, nor on a model whose hooks are in use.
             places: Read out at these places only, as indices into the flattened [batch * pos]: logits
                 are [place vocab].
             **kwargs: Passed on to the attention implementation.
