@@ -1,0 +1,11 @@
+"""Recipes of the shipped models, one file each."""
+
+from loop_lens.training.recipes.build import build, finish, ship
+from loop_lens.training.recipes.hops import HOPS
+from loop_lens.training.recipes.recipe import Recipe
+from loop_lens.training.recipes.words import WORDS
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (HOPS, WORDS)}
+"""By name."""
+
+__all__ = ["RECIPES", "Recipe", "build", "finish", "ship"]

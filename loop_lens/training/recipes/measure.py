@@ -1,0 +1,240 @@
+"""What a shipped model's card says, measured on its test split."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loop_lens.data.task import IGNORED, Task, TaskBatch
+from loop_lens.data.text import TextTask
+from loop_lens.model.modeling import LoopedTransformer
+from loop_lens.opening import wrap
+
+TEST_SEED = 10_000
+"""Seed of the test batches; any number would do, but cards and tests must agree."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Measurements of a trained model.
+
+    Attributes:
+        numbers: Single values by name.
+        tables: Tables by title, one row per iteration or level.
+        notes: Sentences that say what was measured, by the title of a table.
+        samples: Text that the model wrote, by prompt.
+    """
+
+    numbers: dict[str, float]
+    tables: dict[str, pd.DataFrame]
+    notes: dict[str, str] = field(default_factory=dict[str, str])
+    samples: dict[str, str] = field(default_factory=dict[str, str])
+
+
+def held_out(task: Task, level: int, n: int) -> TaskBatch:
+    """The test sequences that cards are measured on."""
+    generator = torch.Generator().manual_seed(TEST_SEED + level)
+    return task.batch(n, level=level, generator=generator, split="test")
+
+
+@torch.no_grad()
+def accuracy_by_iteration(
+    model: LoopedTransformer, batch: TaskBatch, recurrences: int, *, rows: int = 64
+) -> Float[Tensor, "iteration answer"]:
+    """How often the model is right when its loop ends after each iteration, answer by answer.
+
+    Args:
+        model: A model in eval mode, with its own default initial state.
+        batch: Sequences that all have their answers at the same positions.
+        recurrences: Number of iterations to run.
+        rows: Sequences per forward.
+    """
+    places = (batch.labels[0] != IGNORED).nonzero().flatten()
+    right = torch.zeros(recurrences, len(places))
+    kept, model.config.recurrences = model.config.recurrences, recurrences
+    try:
+        for ids, labels in zip(batch.input_ids.split(rows), batch.labels.split(rows), strict=True):
+            out = model(ids, use_cache=False, read_iterations=True)
+            assert out.iteration_logits is not None
+            named = out.iteration_logits[:, :, places].argmax(-1)
+            right += (named == labels[:, places]).sum(1)
+    finally:
+        model.config.recurrences = kept
+    return right / len(batch.labels)
+
+
+def relative_steps(model: LoopedTransformer, tokens: Tensor, recurrences: int) -> Float[Tensor, " iteration"]:
+    """Mean of ||s_t - s_(t-1)|| / ||s_t|| over tokens, for t = 2, 3, ...; s_t leaves iteration t."""
+    states = _states(model, tokens, recurrences, seed=0)
+    steps = (states[1:] - states[:-1]).norm(dim=-1) / states[1:].norm(dim=-1)
+    return steps.flatten(1).mean(1)
+
+
+def path_cosine(model: LoopedTransformer, tokens: Tensor, recurrences: int) -> float:
+    """The least cosine over tokens between the last states reached from two random initial states."""
+    one, two = (_states(model, tokens, recurrences, seed=seed)[-1] for seed in (0, 1))
+    return torch.cosine_similarity(one, two, dim=-1).min().item()
+
+
+@torch.no_grad()
+def _states(model: LoopedTransformer, tokens: Tensor, recurrences: int, *, seed: int) -> Tensor:
+    opened = wrap(copy.deepcopy(model), recurrences=recurrences)
+    if model.config.initial_state == "noise":
+        opened.initial_state = seed
+    names = [f"loop.{t}.hook_state_out" for t in range(recurrences)]
+    _, cache = opened.run_with_cache(tokens, names_filter=names)
+    return torch.stack([cache[name] for name in names])
+
+
+def measure_chain(
+    model: LoopedTransformer,
+    task: Task,
+    *,
+    beyond: Sequence[int] = (7, 8, 10),
+    most: int = 64,
+    n: int = 512,
+) -> Measured:
+    """Measure a model of a task whose levels are lengths of a chain of answers.
+
+    Args:
+        model: The trained model.
+        task: Its task.
+        beyond: Levels that it was never trained on.
+        most: The largest number of iterations.
+        n: Test sequences per level.
+    """
+    top, default = task.levels, model.config.recurrences
+    shown = [t for t in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128) if t <= most]
+    trained = accuracy_by_iteration(model, held_out(task, top, n), most)
+    answers = [f"answer {i + 1}" for i in range(top)]
+    by_answer = pd.DataFrame(trained[[t - 1 for t in shown]], columns=answers)
+    by_answer.insert(0, "iterations", shown)
+    longer = {level: accuracy_by_iteration(model, held_out(task, level, n), most) for level in beyond}
+    by_level = pd.DataFrame({"iterations": shown})
+    for level, accuracy in {top: trained, **longer}.items():
+        by_level[f"{level}, all"] = accuracy.mean(1)[[t - 1 for t in shown]]
+        by_level[f"{level}, last"] = accuracy[[t - 1 for t in shown], -1]
+    tokens = held_out(task, top, 16).input_ids
+    steps = relative_steps(model, tokens, most)
+    settling = pd.DataFrame(
+        {"iteration": [t for t in shown if t > 1], "relative step": steps[[t - 2 for t in shown if t > 1]]}
+    )
+    numbers = {
+        "chance": task.chance(top),
+        "accuracy_at_one_iteration": trained[0].mean().item(),
+        "accuracy": trained[default - 1].mean().item(),
+        "last_answer_at_one_iteration": trained[0, -1].item(),
+        "last_answer": trained[default - 1, -1].item(),
+        f"accuracy_at_{most}_iterations": trained[-1].mean().item(),
+        **{f"last_answer_of_{k}_at_{default}": a[default - 1, -1].item() for k, a in longer.items()},
+        **{f"last_answer_of_{k}_at_{most}": a[-1, -1].item() for k, a in longer.items()},
+        f"relative_step_at_{most}": steps[-1].item(),
+        "test_sequences": n,
+    }
+    if model.config.initial_state == "noise":
+        numbers["cosine_of_two_starts_after_40"] = path_cosine(model, tokens, 40)
+    titles = ("Accuracy by iterations and answer", "Beyond the trained length", "Convergence")
+    notes = {
+        titles[0]: f"{n} test sequences of {top} answers; the loop ends after so many iterations. "
+        f"Chance is {task.chance(top):.3f}.",
+        titles[1]: f"Chains of {', '.join(map(str, beyond))} answers were never trained; each column is the "
+        "length, with the accuracy of all its answers and of the last one.",
+        titles[2]: "Mean over tokens of the distance between the states that leave an iteration and the one "
+        "before, relative to the state's norm; 16 test sequences.",
+    }
+    return Measured(numbers, dict(zip(titles, (by_answer, by_level, settling), strict=True)), notes)
+
+
+@torch.no_grad()
+def measure_text(
+    model: LoopedTransformer,
+    task: Task,
+    *,
+    most: int = 32,
+    rows: int = 16,
+    prompts: Sequence[str] = (
+        "Return the",
+        "The default value is",
+        "If the file does not exist,",
+        "This is a",
+    ),
+) -> Measured:
+    """Measure a language model on the whole test split.
+
+    Args:
+        model: The trained model.
+        task: A `TextTask`.
+        most: The largest number of iterations.
+        rows: Windows per forward.
+        prompts: What to continue.
+    """
+    assert isinstance(task, TextTask)
+    default, batch = model.config.recurrences, task.windows("test")
+    shown = [t for t in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64) if t <= most]
+    loss, right = torch.zeros(len(shown)), torch.zeros(len(shown))
+    try:
+        for i, recurrences in enumerate(shown):
+            model.config.recurrences = recurrences
+            for ids, labels in zip(batch.input_ids.split(rows), batch.labels.split(rows), strict=True):
+                logits = model(ids, use_cache=False).logits
+                loss[i] += torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1), labels.flatten(), reduction="sum"
+                )
+                right[i] += (logits.argmax(-1) == labels).sum()
+    finally:
+        model.config.recurrences = default
+    loss, right = loss / batch.labels.numel(), right / batch.labels.numel()
+    tokens_per_byte = len(task.tokens["test"]) / task.bytes["test"]
+    bits = loss / math.log(2) * tokens_per_byte
+    table = pd.DataFrame({"iterations": shown, "loss": loss, "bits per byte": bits, "accuracy": right})
+    steps = relative_steps(model, batch.input_ids[:16], most)
+    settling = pd.DataFrame(
+        {"iteration": shown[1:], "relative step": steps[torch.tensor([t - 2 for t in shown[1:]])]}
+    )
+    at = shown.index(default)
+    numbers = {
+        "chance": 1 / task.vocab_size,
+        "loss": loss[at].item(),
+        "bits_per_byte": bits[at].item(),
+        "accuracy": right[at].item(),
+        "loss_at_one_iteration": loss[0].item(),
+        "loss_of_the_token_frequencies": _unigram_loss(task),
+        f"loss_at_{most}_iterations": loss[-1].item(),
+        f"relative_step_at_{most}": steps[-1].item(),
+        "test_tokens": batch.labels.numel(),
+        "training_tokens": len(task.tokens["train"]),
+    }
+    titles = ("Loss by iterations", "Convergence")
+    notes = {
+        titles[0]: "Nats per token and bits per byte of text on all test documents, in windows of "
+        f"{task.window} tokens.",
+        titles[1]: "Mean over tokens of the distance between the states that leave an iteration and the one "
+        "before, relative to the state's norm; 16 test windows.",
+    }
+    samples = {prompt: continued(model, task, prompt) for prompt in prompts}
+    return Measured(numbers, dict(zip(titles, (table, settling), strict=True)), notes, samples)
+
+
+def continued(model: LoopedTransformer, task: Task, prompt: str, *, tokens: int = 24) -> str:
+    """The model's own greedy continuation of a prompt."""
+    end = task.tokenizer.bos_token_id
+    ids = torch.tensor([[end, *task.tokenizer(prompt)["input_ids"]]])
+    for _ in range(tokens):
+        following = model(ids, use_cache=False).logits[:, -1:].argmax(-1)
+        if following.item() == end:
+            break
+        ids = torch.cat([ids, following], 1)
+    return task.tokenizer.decode(ids[0, 1:]).removeprefix(prompt)
+
+
+def _unigram_loss(task: TextTask) -> float:
+    counts = task.tokens["train"].bincount(minlength=task.vocab_size).float() + 1
+    log_p = (counts / counts.sum()).log()
+    return -log_p[task.tokens["test"]].mean().item()
