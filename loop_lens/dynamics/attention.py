@@ -1,0 +1,397 @@
+"""Which heads settle, when, and which never do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from loop_lens.bridge import HookedLoopedTransformer
+from loop_lens.dynamics.distances import (
+    DISTANCES,
+    frobenius_rows,
+    jensen_shannon,
+    require_distances,
+    require_two_tokens,
+    total_variation,
+)
+from loop_lens.figures import new_figure
+from loop_lens.moments import Collector, Moments, Over
+from loop_lens.results import Result, require_alike
+from loop_lens.schedule import Firing, Iteration
+from loop_lens.streaming import Batch, Ends, measure, shared
+
+Of = Literal["step", "distance"]
+
+
+@dataclass(frozen=True)
+class AttentionSettling(Result):
+    """How each head's pattern moves per iteration.
+
+    Attributes:
+        segment: The loop.
+        reference: The number of iterations whose last patterns the distances are to, None without.
+        tolerance: The step at which a prompt counts as settled.
+        metric: The distance that the tolerance is of.
+        eps: Spacing of the model's dtype at 1.
+        prompts: Number of prompts.
+        settled_prompts: How many of them have settled by each iteration [iteration layer head].
+        moments: Of each metric, over queries and prompts (Frobenius: over prompts) [iteration layer head].
+    """
+
+    segment: str
+    reference: int | None
+    tolerance: float
+    metric: str
+    eps: float
+    prompts: int
+    settled_prompts: Tensor
+    moments: Moments
+
+    @property
+    def iterations(self) -> tuple[Iteration, ...]:
+        """The loop's iterations, in order."""
+        return self.moments.axes["iteration"]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics."""
+        return self.moments.metrics
+
+    @property
+    def share_settled(self) -> Tensor:
+        """Share of the prompts on which a head has settled by an iteration [iteration layer head]."""
+        return self.settled_prompts / self.prompts
+
+    def mean(self, metric: str, *, over: Over = "values") -> Tensor:
+        """Mean [iteration layer head]; NaN where there is none (steps of the first iteration)."""
+        return self.moments.mean(metric, over=over)
+
+    def std(self, metric: str, *, over: Over = "values") -> Tensor:
+        """Standard deviation [iteration layer head]."""
+        return self.moments.std(metric, over=over)
+
+    def floor(self, metric: str | None = None) -> Tensor:
+        """What rounding the pattern itself to the model's dtype moves it by [iteration layer head].
+
+        The scores' rounding comes on top of it, more so the larger they are.
+        """
+        norm = self.mean("norm")
+        metric = metric or self.metric
+        require_distances((metric,))
+        if metric == "frobenius":
+            return self.eps * norm
+        return torch.full_like(norm, self.eps / (2 if metric == "tv" else 8**0.5))
+
+    def settled(
+        self, tolerance: float | None = None, *, metric: str | None = None, of: Of = "step"
+    ) -> Tensor:
+        """Where each head settles, as its place among the iterations [layer head]; NaN where it never does.
+
+        Args:
+            tolerance: The largest mean step (or distance) of a head that has settled; as measured by default.
+            metric: Which distance; as measured by default.
+            of: ``"step"``: the first iteration after which every step stays within the tolerance.
+                ``"distance"``: the first from which every distance to the reference does.
+
+        Raises:
+            ValueError: If the tolerance is below the dtype's rounding, so that a head that stands still would
+                seem to move; or there is no reference to be distant from.
+        """
+        tolerance = self.tolerance if tolerance is None else tolerance
+        metric = metric or self.metric
+        floor = float(self.floor(metric).nan_to_num().max())
+        if tolerance < floor:
+            raise ValueError(
+                f"a tolerance of {tolerance:g} is below the rounding of the model's dtype ({floor:.2g} in "
+                f"{metric}): give a larger one, or measure in a wider dtype"
+            )
+        if of == "distance" and self.reference is None:
+            raise ValueError("there are no distances: call attention_settling(..., reference=128)")
+        over = self.mean(f"{metric}_{of}") > tolerance
+        return _first_settled(over, closed=of == "distance")
+
+    def heads(
+        self, tolerance: float | None = None, *, metric: str | None = None, of: Of = "step"
+    ) -> pd.DataFrame:
+        """One row per head: where it settles, its last step, and the rounding beside it.
+
+        Args:
+            tolerance: As for `settled`.
+            metric: As for `settled`.
+            of: As for `settled`.
+
+        Returns:
+            Columns layer, head, settled (an iteration, None for never), last_step, floor, share_settled (of the
+            prompts, at the tolerance that was measured).
+        """
+        metric = metric or self.metric
+        where = self.settled(tolerance, metric=metric, of=of)
+        last, floor = self.mean(f"{metric}_step")[-1], self.floor(metric)[-1]
+        n_layers, n_heads = where.shape
+        settled = [None if at != at else self.iterations[int(at)] for at in where.flatten().tolist()]
+        return pd.DataFrame(
+            {
+                "layer": [layer for layer in range(n_layers) for _ in range(n_heads)],
+                "head": list(range(n_heads)) * n_layers,
+                "settled": pd.Series(settled, dtype=object),
+                "last_step": last.flatten().tolist(),
+                "floor": floor.flatten().tolist(),
+                "share_settled": self.share_settled[-1].flatten().tolist(),
+            }
+        )
+
+    def merge(self, other: AttentionSettling) -> AttentionSettling:
+        """The result on both results' prompts.
+
+        Raises:
+            ValueError: If they are of different loops, references, tolerances or metrics.
+        """
+        require_alike(self, other, "segment", "reference", "tolerance", "metric", "eps")
+        return replace(
+            self,
+            prompts=self.prompts + other.prompts,
+            settled_prompts=self.settled_prompts + other.settled_prompts,
+            moments=self.moments.merge(other.moments),
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per iteration, layer and head, with the mean and the spreads of each metric."""
+        table = self.moments.to_dataframe()
+        table["floor"] = self.floor().flatten().tolist()
+        table["share_settled"] = self.share_settled.flatten().tolist()
+        return table
+
+    def plot(self, metric: str | None = None) -> Any:
+        """Heads by iterations, steps as colour (log scale), a line where each head settles; not shown."""
+        metric = metric or f"{self.metric}_step"
+        kind, _, of = metric.rpartition("_")
+        values = self.mean(metric)
+        n_iterations, n_heads = len(values), values.shape[-1]
+        grid = values.permute(1, 2, 0).reshape(-1, n_iterations).numpy()
+        figure, axes = new_figure(7, 1.2 + 0.22 * len(grid))
+        from matplotlib.colors import LogNorm  # new_figure has said so if it is not there
+
+        floor = max(float(self.floor(kind).nan_to_num().max()), 1e-12)
+        scale = LogNorm(floor, max(float(values.nan_to_num().max()), 2 * floor), clip=True)
+        image = axes.imshow(grid, cmap="viridis", norm=scale, aspect="auto", interpolation="nearest")
+        try:
+            where = self.settled(metric=kind, of="distance" if of == "distance" else "step").flatten()
+        except ValueError:
+            where = torch.full((len(grid),), float("nan"))
+        for row, at in enumerate(where.tolist()):
+            if at == at:
+                axes.plot([at + 0.5, at + 0.5], [row - 0.5, row + 0.5], color="red", linewidth=1.5)
+        step = -(-len(grid) // 32)
+        ticks = range(0, len(grid), step)
+        axes.set_yticks(ticks, [f"{row // n_heads}.{row % n_heads}" for row in ticks], fontsize=7)
+        step = -(-n_iterations // 16)
+        ticks = range(0, n_iterations, step)
+        axes.set_xticks(ticks, [str(self.iterations[i]) for i in ticks])
+        axes.set(xlabel="iteration", ylabel="layer.head")
+        figure.colorbar(image, ax=axes, label=metric.replace("_", " "))
+        return figure
+
+
+def _first_settled(over: Tensor, *, closed: bool) -> Tensor:
+    """First place after (or, closed, from) which nothing along the first axis is over; NaN for none."""
+    n = len(over)
+    place = torch.arange(n, dtype=torch.float64).reshape(-1, *[1] * (over.ndim - 1))
+    last_over = torch.where(over, place, -1.0).amax(0)
+    never = last_over == n - 1
+    first = last_over + 1 if closed else last_over.clamp_min(0)
+    return torch.where(never, float("nan"), first)
+
+
+def by_head(moments: Moments, names: Sequence[str]) -> Moments:
+    """Moments of metrics called ``name.head``, head by head for each name, with heads as the last axis."""
+    heads = len(moments.metrics) // len(names)
+    kept = ("count", "total", "squares", "prompts", "prompt_total", "prompt_squares")
+    sums = [getattr(moments, name) for name in kept]
+    sums = [each.reshape(len(names), heads, *each.shape[1:]).movedim(1, -1) for each in sums]
+    return Moments({**moments.axes, "head": tuple(range(heads))}, tuple(names), *sums)
+
+
+class SettlingProbe:
+    """Measures `AttentionSettling` in a run of `loop_lens.streaming.measure`.
+
+    Args:
+        model: The model, at the number of iterations to measure.
+        reference: As in `attention_settling`; the same must be given to ``measure``.
+        tolerance: As in `attention_settling`.
+        metric: As in `attention_settling`.
+        metrics: As in `attention_settling`.
+        segment: As in `attention_settling`.
+
+    Raises:
+        ValueError: If the loop runs once only, or a metric is unknown.
+    """
+
+    hooks: tuple[str, ...] = ("pattern",)
+
+    def __init__(
+        self,
+        model: HookedLoopedTransformer,
+        *,
+        reference: int | None = None,
+        tolerance: float = 0.01,
+        metric: str = "tv",
+        metrics: Sequence[str] = DISTANCES,
+        segment: str | None = None,
+    ) -> None:
+        self.metrics = tuple(metrics)
+        require_distances(self.metrics)
+        require_distances((metric,), self.metrics)
+        schedule = model.schedule
+        self.segment = segment or schedule.innermost_loop
+        schedule.require_segment(self.segment)
+        iterations = schedule.iterations(self.segment)
+        if len(iterations) < 2:
+            raise ValueError("settling needs at least two iterations: set_recurrences(2) or more")
+        self.reference, self.tolerance, self.metric = reference, tolerance, metric
+        self._eps = torch.finfo(next(model.original_model.parameters()).dtype).eps
+        self._at: dict[Iteration, int] = {t: i for i, t in enumerate(iterations)}
+        self._heads, self._layers = int(model.cfg.n_heads), schedule.segments[self.segment]
+        self.names = ["norm", *(f"{metric}_step" for metric in self.metrics)]
+        if reference:
+            self.names += [f"{metric}_distance" for metric in self.metrics]
+        self._collector = Collector(
+            # One cell takes all heads at once: head by head would cost a call for each.
+            [f"{name}.{head}" for name in self.names for head in range(self._heads)],
+            {"iteration": iterations, "layer": range(self._layers)},
+        )
+        self._settled = torch.zeros(len(iterations), self._layers, self._heads, dtype=torch.float64)
+        self._prompts = 0
+        self._before: dict[int, Tensor] = {}
+        self._ends: dict[int, Tensor] = {}
+
+    def wants(self, hook: str, firing: Firing) -> bool:
+        """The loop's own blocks."""
+        return firing.segment == self.segment
+
+    def begin(self, batch: Batch, ends: Ends) -> None:
+        """Start a batch."""
+        require_two_tokens(batch.lengths, batch.index)
+        n, device = len(batch.tokens), batch.tokens.device
+        self._mask = batch.mask
+        self._collector.begin(n, device)
+        self._before = {}
+        self._ends = {k: v for (h, s, k), v in ends.items() if h == "pattern" and s == self.segment}
+        self._moved = torch.zeros(self._layers, self._heads, n, device=device)
+
+    def see(self, hook: str, firing: Firing, value: Tensor) -> None:
+        """Compare with the iteration before, and with the reference."""
+        i, layer = self._at[firing.iteration], firing.layer
+        self._put("norm", (i, layer), value.float().norm(dim=-1), whole=True)
+        before = self._before.get(layer)
+        if before is not None:
+            self._compare("step", (i, layer), value, before)
+        self._before[layer] = value
+        if layer in self._ends:
+            self._compare("distance", (i, layer), value, self._ends[layer])
+
+    def _compare(self, of: str, cell: tuple[int, int], value: Tensor, other: Tensor) -> None:
+        for metric in self.metrics:
+            if metric == "frobenius":
+                rows = frobenius_rows(value, other)
+            else:
+                rows = (total_variation if metric == "tv" else jensen_shannon)(value, other)
+            each = self._put(f"{metric}_{of}", cell, rows, whole=metric == "frobenius")
+            if of == "step" and metric == self.metric:
+                place = self._moved[cell[1]]
+                place[each.T.gt(self.tolerance)] = cell[0]
+
+    def _put(self, name: str, cell: tuple[int, int], rows: Tensor, *, whole: bool) -> Tensor:
+        """Collect values of each query [prompt head query]; returns each prompt's own [prompt head]."""
+        start = self.names.index(name) * self._heads
+        here = slice(start, start + self._heads)
+        real = rows.masked_fill(~self._mask[:, None], 0.0)
+        if whole:
+            each = real.norm(dim=-1)
+            self._collector.put(here, cell, each.T.unsqueeze(-1))
+        else:
+            each = real.sum(-1) / self._mask.sum(-1, keepdim=True)
+            self._collector.put(here, cell, real.transpose(0, 1), self._mask)
+        return each
+
+    def end(self) -> None:
+        """Add the batch up."""
+        self._before, self._ends = {}, {}
+        self._collector.end()
+        last = len(self._at) - 1
+        moved = self._moved.cpu()
+        for i in range(last + 1):
+            self._settled[i] += ((moved <= i) & (moved < last)).sum(-1)
+        self._prompts += moved.shape[-1]
+
+    def result(self) -> AttentionSettling:
+        """What was measured so far, by this process."""
+        return AttentionSettling(
+            segment=self.segment,
+            reference=self.reference,
+            tolerance=self.tolerance,
+            metric=self.metric,
+            eps=self._eps,
+            prompts=self._prompts,
+            settled_prompts=self._settled.clone(),
+            moments=by_head(self._collector.moments(), self.names),
+        )
+
+
+def attention_settling(
+    model: HookedLoopedTransformer,
+    prompts: Any,
+    *,
+    reference: int | None = None,
+    tolerance: float = 0.01,
+    metric: str = "tv",
+    metrics: Sequence[str] = DISTANCES,
+    segment: str | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> AttentionSettling:
+    """Measure, while the model runs, how each head's pattern moves from iteration to iteration.
+
+    Per head, layer and iteration: the pattern's Frobenius ``norm``; ``frobenius_step``, ``tv_step`` and
+    ``js_step`` to the iteration before, and ``..._distance`` to the reference. Total variation and
+    Jensen-Shannon distance are of each query's attention, Frobenius norms of the whole pattern. Two patterns
+    a layer are kept, whatever the number of iterations.
+
+    Args:
+        model: The model, at the number of iterations to measure.
+        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.streaming.prompts_of`.
+        reference: Number of iterations whose last patterns are the reference, at or beyond what is measured.
+        tolerance: The step at which a head has settled on a prompt. The default is a hundredth of a
+            query's attention moving per iteration; other tolerances for the means can be tried afterwards, see
+            `AttentionSettling.settled`.
+        metric: The distance that the tolerance is of.
+        metrics: Which distances to measure; Jensen-Shannon costs the most.
+        segment: The loop; the innermost by default.
+        batch_size: Prompts a forward.
+        progress: Whether to show a progress bar, for work beyond two seconds.
+
+    Raises:
+        ValueError: If there are no prompts, a prompt has one token, there are fewer than two iterations, the
+            reference is less than what is measured, or the model has no attention patterns.
+        DivergedError: If patterns become NaN; names the first iteration.
+
+    Source:
+        The steps and distances in Frobenius norm are M3 and M6 of arXiv 2604.11791, here by head.
+    """
+    probe = SettlingProbe(
+        model, reference=reference, tolerance=tolerance, metric=metric, metrics=metrics, segment=segment
+    )
+    measure(
+        model,
+        prompts,
+        [probe],
+        reference=reference,
+        batch_size=batch_size,
+        progress=progress,
+        what="attention",
+    )
+    return shared(probe.result())

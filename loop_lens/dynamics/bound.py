@@ -1,0 +1,355 @@
+"""How far attention may move at most when the stream moves: Proposition 4.2, head by head.
+
+Let X [pos d_in] be what enters a block's attention (behind the block's first norm, where it has one before
+attention), S = s X W_Q W_K^T X^T the scores, with s the attention's own scale, 1 / sqrt(d_head) as a rule. For
+inputs X and Y,
+
+    S(X) - S(Y) = s (X - Y) W_Q (X W_K)^T + s Y W_Q ((X - Y) W_K)^T,
+
+and softmax has a Lipschitz constant of L = 1/2 from scores to attention in the Euclidean norm of a row. A mask
+leaves entries out, which only makes the left side smaller. Hence, for Frobenius norms,
+
+    |A(X) - A(Y)| <= L 2 s B kappa |X - Y|.
+
+Without rotary embeddings this holds with kappa = |W_Q W_K^T| and B the larger spectral norm of X and Y. With
+them each row of X W_Q and X W_K is turned by its own angle, which keeps rows' norms but not the spectral norm
+of the whole: it is proven with kappa = |W_Q| |W_K| and B the larger Frobenius norm. By rows, with total
+variation on the left, |.|_inf <= 2 s B kappa max_j |x_j - y_j| for scores gives the same form with B the
+longest token. Biases of queries and keys are rows of W for an input that is always 1.
+
+Gradient ascent over inputs, weights and angles (2 to 16 tokens, heads of 2 and 4) reaches 0.85 to 0.98 of these
+bounds and never more. As printed, with kappa = |W_Q W_K^T|, the bound is exceeded 200 times with rotary embeddings:
+where queries and keys live in different halves of the turned planes, W_Q W_K^T is 0 and attention moves all the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loop_lens.bridge import HookedLoopedTransformer
+from loop_lens.dynamics.attention import by_head
+from loop_lens.dynamics.distances import frobenius_rows, require_two_tokens, total_variation
+from loop_lens.figures import new_figure
+from loop_lens.moments import Collector, Moments, Over
+from loop_lens.results import Result, require_alike
+from loop_lens.schedule import Firing, Iteration
+from loop_lens.streaming import Batch, Ends, measure, shared
+
+LIPSCHITZ = 0.5
+RATIOS = ("ratio", "stated_ratio", "row_ratio")
+_METRICS = ("input_norm", "measured", "bound", "stated_bound", "row_measured", "row_bound", *RATIOS)
+_UNTURNED = ("standard", "alibi", "none")  # positions that do not turn queries and keys
+
+
+@dataclass(frozen=True)
+class AttentionBound(Result):
+    """Attention's step and its bounds, per head.
+
+    Attributes:
+        segment: The loop.
+        rotary: Whether queries and keys are turned by rotary embeddings.
+        kappa: |W_Q W_K^T| of each head, spectral [layer head].
+        kappa_product: |W_Q| |W_K| of each head [layer head].
+        worst: The largest of each ratio over prompts [iteration layer head], by its name.
+        moments: Of each metric, over prompts [iteration layer head].
+    """
+
+    segment: str
+    rotary: bool
+    kappa: Tensor
+    kappa_product: Tensor
+    worst: dict[str, Tensor]
+    moments: Moments
+
+    @property
+    def iterations(self) -> tuple[Iteration, ...]:
+        """The loop's iterations, in order."""
+        return self.moments.axes["iteration"]
+
+    def mean(self, metric: str, *, over: Over = "values") -> Tensor:
+        """Mean [iteration layer head]; NaN at the first iteration, which has no step."""
+        return self.moments.mean(metric, over=over)
+
+    def holds(self, ratio: str = "ratio") -> bool:
+        """Whether a bound held on every prompt, head, layer and iteration."""
+        if ratio not in RATIOS:
+            raise ValueError(f"ratio {ratio!r} is unknown: there are {', '.join(RATIOS)}")
+        return bool((self.worst[ratio][1:] <= 1).all())
+
+    def merge(self, other: AttentionBound) -> AttentionBound:
+        """The result on both results' prompts.
+
+        Raises:
+            ValueError: If they are of different loops or weights.
+        """
+        require_alike(self, other, "segment", "rotary", "kappa", "kappa_product")
+        worst = {name: torch.fmax(value, other.worst[name]) for name, value in self.worst.items()}
+        return replace(self, worst=worst, moments=self.moments.merge(other.moments))
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per iteration, layer and head: each metric's mean and spreads, the worst ratios, kappas."""
+        table = self.moments.to_dataframe()
+        for name, value in self.worst.items():
+            table[f"worst_{name}"] = value.flatten().tolist()
+        for name in ("kappa", "kappa_product"):
+            each = getattr(self, name).expand(len(self.iterations), -1, -1)
+            table[name] = each.flatten().tolist()
+        return table
+
+    def plot(self, ratio: str = "ratio") -> Any:
+        """The worst ratio of any head against the iteration, one line per layer; not shown."""
+        if ratio not in RATIOS:
+            raise ValueError(f"ratio {ratio!r} is unknown: there are {', '.join(RATIOS)}")
+        figure, axes = new_figure(6, 3.2)
+        worst = self.worst[ratio].amax(-1)
+        for layer in range(worst.shape[1]):
+            axes.plot(range(1, len(worst)), worst[1:, layer], "-", label=f"layer {layer}")
+        axes.axhline(1.0, color="gray", linestyle=":", label="the bound")
+        axes.set(xlabel="iteration", ylabel=f"step / {ratio.replace('ratio', 'bound').replace('_', ' ')}")
+        axes.set_yscale("log")
+        axes.legend(fontsize=7, ncols=2)
+        return figure
+
+
+class BoundProbe:
+    """Measures `AttentionBound` in a run of `loop_lens.streaming.measure`.
+
+    Args:
+        model: The model, at the number of iterations to measure.
+        segment: The loop; the innermost by default.
+
+    Raises:
+        ValueError: If the loop runs once only, or the bound does not apply to this attention.
+    """
+
+    hooks: tuple[str, ...] = ("attn.hook_in", "pattern")
+
+    def __init__(self, model: HookedLoopedTransformer, *, segment: str | None = None) -> None:
+        schedule = model.schedule
+        self.segment = segment or schedule.innermost_loop
+        schedule.require_segment(self.segment)
+        iterations = schedule.iterations(self.segment)
+        if len(iterations) < 2:
+            raise ValueError("the bound needs at least two iterations: set_recurrences(2) or more")
+        self._at: dict[Iteration, int] = {t: i for i, t in enumerate(iterations)}
+        first = [f for f in schedule if f.segment == self.segment and f.iteration == iterations[0]]
+        self._attentions: list[Any] = [getattr(model.blocks[f.index], "attn", None) for f in first]
+        self.rotary = getattr(model.cfg, "positional_embedding_type", None) not in _UNTURNED
+        kappas = [head_norms(attention) for attention in self._attentions]
+        # Rotary embeddings made for longer contexts also stretch what they turn.
+        stretch = max(
+            (float(getattr(m, "attention_scaling", 1.0)) for m in model.original_model.modules()), default=1.0
+        )
+        factor = stretch**2 if self.rotary else 1.0
+        self.kappa = torch.stack([kappa for kappa, _ in kappas]) * factor
+        self.kappa_product = torch.stack([product for _, product in kappas]) * factor
+        self._constant = [
+            _bias(a, "b_Q") is not None or _bias(a, "b_K") is not None for a in self._attentions
+        ]
+        self._scale = [_scaling(a) for a in self._attentions]
+        self._heads = self.kappa.shape[1]
+        self._collector = Collector(
+            [f"{name}.{head}" for name in _METRICS for head in range(self._heads)],
+            {"iteration": iterations, "layer": range(len(first))},
+        )
+        shape = (len(iterations), len(first), self._heads)
+        self.worst = {name: torch.full(shape, float("nan"), dtype=torch.float64) for name in RATIOS}
+        self._inputs: dict[int, Tensor] = {}
+        self._before: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def wants(self, hook: str, firing: Firing) -> bool:
+        """The loop's own blocks."""
+        return firing.segment == self.segment
+
+    def begin(self, batch: Batch, ends: Ends) -> None:
+        """Start a batch."""
+        require_two_tokens(batch.lengths, batch.index)
+        self._mask = batch.mask
+        self._collector.begin(len(batch.tokens), batch.tokens.device)
+        self._inputs, self._before = {}, {}
+
+    def see(self, hook: str, firing: Firing, value: Tensor) -> None:
+        """Note the input; at the pattern, compare with the iteration before."""
+        layer = firing.layer
+        if hook != "pattern":
+            self._inputs[layer] = value.float().masked_fill(~self._mask.unsqueeze(-1), 0.0)
+            return
+        x = self._inputs.pop(layer)
+        sizes = self._sizes(x, self._constant[layer])
+        cell = (self._at[firing.iteration], layer)
+        self._collector.put(slice(0, self._heads), cell, sizes[1].expand(self._heads, -1).unsqueeze(-1))
+        before = self._before.get(layer)
+        if before is not None:
+            self._compare(cell, value, x, sizes, *before)
+        self._before[layer] = (value, x, sizes)
+
+    def _sizes(self, x: Tensor, constant: bool) -> Float[Tensor, "3 prompt"]:
+        """Spectral norm, Frobenius norm and longest token of each prompt's input."""
+        if constant:
+            x = torch.cat([x, self._mask.unsqueeze(-1).float()], dim=-1)
+        wide = x.double()
+        gram = wide @ wide.mT if wide.shape[1] < wide.shape[2] else wide.mT @ wide
+        # NaN, which it cannot take, is reported from the other two.
+        spectral = torch.linalg.eigvalsh(gram.nan_to_num(0.0, 0.0, 0.0))[:, -1].clamp_min(0).sqrt()
+        rows = wide.norm(dim=-1)
+        return torch.stack([spectral, rows.norm(dim=-1), rows.amax(-1)])
+
+    def _compare(
+        self,
+        cell: tuple[int, int],
+        pattern: Tensor,
+        x: Tensor,
+        sizes: Tensor,
+        old_pattern: Tensor,
+        old_x: Tensor,
+        old_sizes: Tensor,
+    ) -> None:
+        layer, device = cell[1], x.device
+        gaps = (x - old_x).double().norm(dim=-1)
+        spectral, frobenius, longest = torch.maximum(sizes, old_sizes)
+        kappa, product = self.kappa[layer].to(device), self.kappa_product[layer].to(device)
+        proven_kappa, proven_size = (product, frobenius) if self.rotary else (kappa, spectral)
+        shared_factor = LIPSCHITZ * 2 * self._scale[layer]
+        gap = shared_factor * gaps.norm(dim=-1)
+        bound = proven_kappa[:, None] * proven_size * gap
+        stated = kappa[:, None] * spectral * gap
+        by_row = proven_kappa[:, None] * longest * shared_factor * gaps.amax(-1)
+        padding = ~self._mask[:, None]
+        measured = frobenius_rows(pattern, old_pattern).masked_fill(padding, 0.0).norm(dim=-1).T.double()
+        rows = total_variation(pattern, old_pattern).masked_fill(padding, 0.0).amax(-1).T.double()
+        # Rounding moves attention even where nothing else does, and no bound on exact numbers allows for it.
+        eps = torch.finfo(pattern.dtype).eps
+        floor = eps * pattern.float().masked_fill(padding.unsqueeze(-1), 0.0).norm(dim=(-2, -1)).T.double()
+        ratios = (
+            measured / torch.maximum(bound, floor),
+            measured / torch.maximum(stated, floor),
+            rows / by_row.clamp_min(eps),
+        )
+        values = torch.stack([measured, bound, stated, rows, by_row, *ratios])
+        self._collector.put(slice(self._heads, None), cell, values.flatten(0, 1).unsqueeze(-1))
+        for name, ratio in zip(RATIOS, ratios, strict=True):
+            place = self.worst[name][cell]
+            place.copy_(torch.fmax(place, ratio.amax(-1).cpu()))
+
+    def end(self) -> None:
+        """Add the batch up."""
+        self._inputs, self._before = {}, {}
+        self._collector.end()
+
+    def result(self) -> AttentionBound:
+        """What was measured so far, by this process."""
+        return AttentionBound(
+            segment=self.segment,
+            rotary=self.rotary,
+            kappa=self.kappa,
+            kappa_product=self.kappa_product,
+            worst={name: value.clone() for name, value in self.worst.items()},
+            moments=by_head(self._collector.moments(), _METRICS),
+        )
+
+
+@torch.no_grad()
+def head_norms(attention: Any) -> tuple[Float[Tensor, " head"], Float[Tensor, " head"]]:
+    """Spectral norms |W_Q W_K^T| and |W_Q| |W_K| of each query head, without a d_model x d_model matrix.
+
+    Heads that share keys have the same W_K. Biases count as a row of the weights.
+
+    Args:
+        attention: A bridge's attention, ``model.blocks[i].attn``.
+
+    Raises:
+        ValueError: If it has no queries and keys that are linear in its input.
+    """
+    parts = getattr(attention, "submodules", None) or {}
+    if "q_norm" in parts or "k_norm" in parts:
+        raise ValueError(
+            "the bound does not apply: this model norms its queries and keys (qk-norm), so its scores are not a "
+            "bilinear form of the attention's input"
+        )
+    try:
+        w_q, w_k = attention.W_Q, attention.W_K
+    except (AttributeError, KeyError, NotImplementedError):
+        w_q = w_k = None
+    if not (isinstance(w_q, Tensor) and isinstance(w_k, Tensor) and w_q.ndim == w_k.ndim == 3):
+        raise ValueError(
+            f"the bound does not apply: {type(attention).__name__} has no W_Q and W_K [head d_model d_head]"
+        )
+    b_q, b_k = _bias(attention, "b_Q"), _bias(attention, "b_K")
+    constant = b_q is not None or b_k is not None
+    r_q, r_k = (_triangle(w, b, constant) for w, b in ((w_q, b_q), (w_k, b_k)))
+    r_k = r_k.repeat_interleave(len(r_q) // len(r_k), dim=0)
+    kappa = torch.linalg.matrix_norm(r_q @ r_k.mT, ord=2)
+    product = torch.linalg.matrix_norm(r_q, ord=2) * torch.linalg.matrix_norm(r_k, ord=2)
+    return kappa.cpu(), product.cpu()
+
+
+def _triangle(weight: Tensor, bias: Tensor | None, constant: bool) -> Float[Tensor, "head d_head d_head"]:
+    """R of W = Q R: it has W's spectral norms, whatever stands on its right."""
+    wide = weight.double()
+    if constant:
+        row = torch.zeros_like(wide[:, 0]) if bias is None else bias.double().reshape(len(wide), -1)
+        wide = torch.cat([wide, row.unsqueeze(1)], dim=1)
+    return torch.linalg.qr(wide, mode="r").R
+
+
+def _bias(attention: Any, name: str) -> Tensor | None:
+    bias = getattr(attention, name, None)
+    return bias if isinstance(bias, Tensor) else None
+
+
+def _scaling(attention: Any) -> float:
+    own = getattr(getattr(attention, "original_component", None), "scaling", None)
+    return float(own) if own is not None else float(attention.W_Q.shape[-1]) ** -0.5
+
+
+def attention_bound(
+    model: HookedLoopedTransformer,
+    prompts: Any,
+    *,
+    segment: str | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> AttentionBound:
+    """Measure each head's step against what Proposition 4.2 allows, while the model runs.
+
+    Per head, layer and iteration:
+
+    - ``input_norm``: the input's Frobenius norm;
+    - ``measured``, ``bound``: the Frobenius norm of the pattern's step, and what is proven for the model at hand;
+    - ``stated_bound``: as printed, with kappa = |W_Q W_K^T| and B the spectral norm of the input; proven without
+      rotary embeddings only, where it is ``bound``;
+    - ``row_measured``, ``row_bound``: the largest total variation of a query, and what it may be;
+    - ``ratio``, ``stated_ratio``, ``row_ratio``: measured / bound, where a bound below the rounding of the pattern
+      counts as that rounding (in narrow dtypes the scores' own rounding can exceed it).
+
+    See the module for the proof.
+
+    The input is what enters the attention's projections (``attn.hook_in``): behind the block's first norm where the
+    family norms before attention, the stream itself where it norms the branch alone.
+
+    Args:
+        model: The model, at the number of iterations to measure.
+        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.streaming.prompts_of`.
+        segment: The loop; the innermost by default.
+        batch_size: Prompts a forward.
+        progress: Whether to show a progress bar, for work beyond two seconds.
+
+    Raises:
+        ValueError: If the model norms queries and keys or its attention is not bilinear in its input, as the bound
+            supposes; if there are no prompts, a prompt has one token, there are fewer than two iterations, or the model
+            has no attention patterns.
+        DivergedError: If values become NaN; names the first iteration.
+
+    Source:
+        arXiv 2604.11791, Proposition 4.2, which is stated for X the stream and does not treat norms, rotary
+        embeddings or biases; these are added here.
+    """
+    probe = BoundProbe(model, segment=segment)
+    measure(model, prompts, [probe], batch_size=batch_size, progress=progress, what="attention bound")
+    return shared(probe.result())

@@ -1,0 +1,74 @@
+"""Distances between two attention patterns, as functions on tensors."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+DISTANCES = ("frobenius", "tv", "js")
+"""Of two patterns: Frobenius norm of the difference; total variation and Jensen-Shannon distance per query."""
+
+_TINY = torch.finfo(torch.float32).tiny
+_EDGE = 1 - 2**-24  # the float32 below 1: where one probability is far above the other, 2e-6 is lost
+
+
+def total_variation(
+    a: Float[Tensor, "*lead query key"], b: Float[Tensor, "*lead query key"]
+) -> Float[Tensor, "*lead query"]:
+    """Half the sum of absolute differences: the attention that moved, 0 to 1.
+
+    Args:
+        a: Post-softmax attention.
+        b: The same of another firing.
+    """
+    return (a.float() - b.float()).abs().sum(-1) / 2
+
+
+def jensen_shannon(
+    a: Float[Tensor, "*lead query key"], b: Float[Tensor, "*lead query key"]
+) -> Float[Tensor, "*lead query"]:
+    """Square root of the Jensen-Shannon divergence in nats, 0 to sqrt(ln 2): a metric.
+
+    It is written in d = (a - b) / (a + b), whose divergence has no difference of nearly equal terms, so that
+    patterns which differ by rounding alone are as close as they should be.
+
+    Args:
+        a: Post-softmax attention.
+        b: The same of another firing.
+    """
+    a, b = a.float(), b.float()
+    both = a + b
+    d = ((a - b) / both.clamp_min(_TINY)).clamp(-_EDGE, _EDGE)
+    divergence = (both * (2 * d * d.atanh() + (-d * d).log1p())).sum(-1) / 4
+    return divergence.clamp_min(0).sqrt()
+
+
+def frobenius_rows(
+    a: Float[Tensor, "*lead query key"], b: Float[Tensor, "*lead query key"]
+) -> Float[Tensor, "*lead query"]:
+    """Euclidean norm of each query's difference; their norm is the Frobenius norm of the pattern's.
+
+    Args:
+        a: Post-softmax attention.
+        b: The same of another firing.
+    """
+    return (a.float() - b.float()).norm(dim=-1)
+
+
+def require_distances(metrics: tuple[str, ...], allowed: tuple[str, ...] = DISTANCES) -> None:
+    """Raise unless every metric is one of those that exist, and there is one."""
+    unknown = [metric for metric in metrics if metric not in allowed]
+    if unknown or not metrics:
+        raise ValueError(
+            f"metric {unknown[0] if unknown else '(none)'!r} is unknown: choose from {', '.join(allowed)}"
+        )
+
+
+def require_two_tokens(lengths: Tensor, index: tuple[int, ...]) -> None:
+    """Raise if a prompt has one token, which can attend to itself alone."""
+    for prompt, length in zip(index, lengths.tolist(), strict=True):
+        if length < 2:
+            raise ValueError(
+                f"prompt {prompt} has one token, which attends to itself alone: give prompts of at least two"
+            )

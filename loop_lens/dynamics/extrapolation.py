@@ -1,0 +1,362 @@
+"""What the model says after any number of iterations, and beyond those it was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from loop_lens.bridge import HookedLoopedTransformer
+from loop_lens.dynamics.convergence import Convergence, ConvergenceProbe
+from loop_lens.figures import new_figure
+from loop_lens.interventions.sites import Spot, spot
+from loop_lens.lenses.readers import coda_start, is_normed, read_stream, run_coda
+from loop_lens.lenses.readout import CHUNK
+from loop_lens.loopify import WindowBody
+from loop_lens.moments import Collector, Moments, Over
+from loop_lens.results import Result, require_alike
+from loop_lens.schedule import Firing
+from loop_lens.streaming import Batch, Ends, batches_of, measure, shared
+
+SAID = ("loss", "accuracy", "kl", "entropy", "agreement")
+RECURRENCES = (1, 2, 4, 8, 16, 32, 64)
+IGNORED = -100
+_MOVES = ("norm", "step", "relative_step", "step_cosine")
+
+
+@dataclass(frozen=True)
+class Extrapolation(Result):
+    """What a model says after R iterations.
+
+    Attributes:
+        trained: The number of iterations that the model was made for; the reference of ``kl`` and ``agreement``.
+        moments: Of each metric, over labelled tokens [recurrences].
+        convergence: How the loop's own states move in the same run, None where every R needs a run of its own.
+    """
+
+    trained: int
+    moments: Moments
+    convergence: Convergence | None
+
+    @property
+    def recurrences(self) -> tuple[int, ...]:
+        """The numbers of iterations, in order."""
+        return self.moments.axes["recurrences"]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics of what is said."""
+        return self.moments.metrics
+
+    def mean(self, metric: str, *, over: Over = "values") -> Float[Tensor, " recurrences"]:
+        """Mean over labelled tokens, or over the prompts' means."""
+        return self.moments.mean(metric, over=over)
+
+    def std(self, metric: str, *, over: Over = "values") -> Float[Tensor, " recurrences"]:
+        """Standard deviation over labelled tokens, or over the prompts' means."""
+        return self.moments.std(metric, over=over)
+
+    def merge(self, other: Extrapolation) -> Extrapolation:
+        """The result on both results' prompts.
+
+        Raises:
+            ValueError: If they are of different numbers of iterations.
+        """
+        require_alike(self, other, "trained", "recurrences")
+        mine, theirs = self.convergence, other.convergence
+        return replace(
+            self,
+            moments=self.moments.merge(other.moments),
+            convergence=mine.merge(theirs) if mine and theirs else None,
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per R: each metric's mean and spreads, and how the loop's last layer moves in iteration R - 1.
+
+        ``beyond`` says whether R is more than the model was made for.
+        """
+        table = self.moments.to_dataframe()
+        table.insert(1, "beyond", [r > self.trained for r in self.recurrences])
+        if self.convergence is not None:
+            for metric in _MOVES:
+                values = self.convergence.mean(metric)[:, -1]
+                table[metric] = [float(values[r - 1]) for r in self.recurrences]
+        return table
+
+    def plot(self, metrics: Sequence[str] = ("loss", "accuracy", "kl")) -> Any:
+        """One panel per metric against R (log scale), one prompt spread around it, the trained R marked; not shown."""
+        figure, panels = new_figure(3.4 * len(metrics), 2.8, 1, len(metrics), squeeze=False)
+        for axes, metric in zip(panels[0], metrics, strict=True):
+            mean, spread = self.mean(metric), self.std(metric, over="prompts")
+            (line,) = axes.plot(self.recurrences, mean, "o-", markersize=3)
+            axes.fill_between(
+                self.recurrences,
+                mean - spread,
+                mean + spread,
+                color=line.get_color(),
+                alpha=0.15,
+                linewidth=0,
+            )
+            axes.axvline(self.trained, color="gray", linestyle=":", label=f"trained: {self.trained}")
+            axes.set_xscale("log", base=2)
+            axes.set(xlabel="iterations", ylabel=metric)
+        panels[0][0].legend(fontsize=7)
+        return figure
+
+
+class SpeechProbe:
+    """Measures `Extrapolation` in a run of `loop_lens.streaming.measure`, under `listening`.
+
+    Args:
+        model: The model.
+        recurrences: Which R, in order.
+        trained: The reference.
+        labels: As in `extrapolate`.
+    """
+
+    hooks: tuple[str, ...] = ("resid_post",)
+
+    def __init__(
+        self, model: HookedLoopedTransformer, recurrences: Sequence[int], trained: int, labels: Any = None
+    ) -> None:
+        self._model, self._labels, self.trained = model, labels, trained
+        self._at = {r: i for i, r in enumerate(recurrences)}
+        self._collector = Collector(SAID, {"recurrences": recurrences})
+        self._last = max(b.last for b in model.schedule.boundaries if b.segment == model.schedule.main_loop)
+        self._pending: list[tuple[int, Tensor, Spot]] = []
+        self._reference: Tensor | None = None
+
+    def wants(self, hook: str, firing: Firing) -> bool:
+        """The loop's last firing, so that the run does not end before it."""
+        return firing.index == self._last
+
+    def begin(self, batch: Batch, ends: Ends) -> None:
+        """Start a batch."""
+        self._batch = batch
+        self._right = _labels_of(batch, self._labels)
+        self.mask = self._right != IGNORED
+        self._collector.begin(len(batch.tokens), batch.tokens.device)
+        self._pending, self._reference = [], None
+
+    def see(self, hook: str, firing: Firing, value: Tensor) -> None:
+        """Nothing: states are read between blocks."""
+
+    def hear(self, recurrences: int, state: Tensor, at: Spot) -> None:
+        """Take the state after so many iterations, and read it out when the reference is known.
+
+        States before the reference wait for it: they are small, their logits are not.
+        """
+        if recurrences == self.trained:
+            self.say(recurrences, self._read(state, at))
+            for earlier, kept, where in self._pending:
+                self.say(earlier, self._read(kept, where))
+            self._pending = []
+        elif self._reference is None:
+            self._pending.append((recurrences, state.clone(), at))
+        else:
+            self.say(recurrences, self._read(state, at))
+
+    def _read(self, state: Tensor, at: Spot) -> Float[Tensor, "token vocab"]:
+        """Logits of the labelled positions, by the model's own end."""
+        first = coda_start(self._model)
+        if first is not None:
+            return run_coda(self._model, state, first)[self.mask]
+        ended = self._model.body.enter_coda(state)[self.mask]
+        return read_stream(self._model, ended, normed=is_normed(self._model, at))
+
+    def say(self, recurrences: int, said: Float[Tensor, "token vocab"]) -> None:
+        """Compare what is said at the labelled positions; the reference comes first."""
+        if recurrences == self.trained:
+            self._reference = said.float().log_softmax(-1)
+        cell = self._at.get(recurrences)
+        if cell is None:
+            return
+        assert self._reference is not None, "the reference is read first"
+        values = _compared(said, self._right[self.mask], self._reference)
+        wide = values.new_zeros(len(SAID), *self.mask.shape)
+        wide[:, self.mask] = values
+        self._collector.put(slice(None), (cell,), wide, self.mask)
+
+    def end(self) -> None:
+        """Add the batch up."""
+        self._pending, self._reference = [], None
+        self._collector.end()
+
+    def moments(self) -> Moments:
+        """What was measured so far, by this process."""
+        return self._collector.moments()
+
+
+def _compared(
+    logits: Float[Tensor, "token vocab"],
+    right: Int[Tensor, " token"],
+    reference: Float[Tensor, "token vocab"],
+) -> Float[Tensor, "metric token"]:
+    """The metrics of `SAID`, a few rows at a time."""
+    found = torch.zeros(len(SAID), len(logits), device=logits.device)
+    size = max(1, CHUNK // (4 * logits.shape[-1]))
+    for start in range(0, len(logits), size):
+        rows = slice(start, start + size)
+        said, expected = logits[rows].float().log_softmax(-1), reference[rows]
+        top = said.argmax(-1)
+        found[0, rows] = -said.gather(-1, right[rows, None]).squeeze(-1)
+        found[1, rows] = (top == right[rows]).float()
+        # 0 log 0 is 0: a token that a logit of minus infinity rules out.
+        found[2, rows] = (expected.exp() * (expected - said)).masked_fill(expected == -torch.inf, 0.0).sum(-1)
+        found[3, rows] = -(said.exp() * said).masked_fill(said == -torch.inf, 0.0).sum(-1)
+        found[4, rows] = (top == expected.argmax(-1)).float()
+    found[2].clamp_min_(0)
+    return found
+
+
+def _labels_of(batch: Batch, labels: Any) -> Int[Tensor, "prompt pos"]:
+    """What is to be said at each position; `IGNORED` where nothing counts.
+
+    Raises:
+        ValueError: If a prompt has no label, or labels do not fit its tokens.
+    """
+    right = torch.full_like(batch.tokens, IGNORED)
+    lengths: list[int] = batch.lengths.tolist()
+    for row, (prompt, length) in enumerate(zip(batch.index, lengths, strict=True)):
+        if labels is None:
+            if length < 2:
+                raise ValueError(
+                    f"prompt {prompt} has one token and so no next one to predict: give at least two, or labels="
+                )
+            right[row, : length - 1] = batch.tokens[row, 1:length]
+            continue
+        if prompt >= len(labels):
+            raise ValueError(f"there are labels for {len(labels)} prompts, but prompt {prompt} has none")
+        own = torch.as_tensor(labels[prompt])
+        if own.ndim != 1 or len(own) < length or bool((own[length:] != IGNORED).any()):
+            raise ValueError(
+                f"the labels of prompt {prompt} are {tuple(own.shape)} for {length} tokens: give one a token, "
+                f"{IGNORED} where none counts"
+            )
+        right[row, :length] = own[:length].to(right)
+        if not bool((right[row] != IGNORED).any()):
+            raise ValueError(f"prompt {prompt} has no label: give at least one that is not {IGNORED}")
+    return right
+
+
+def reads_any_iteration(model: HookedLoopedTransformer) -> bool:
+    """Whether the state after iteration R - 1 of a longer run is the one that a run of R iterations ends with.
+
+    Not under loopify's rules that divide by the number of iterations.
+    """
+    body = model.body
+    return not (isinstance(body, WindowBody) and body.span.rule in ("euler", "residual_scaled"))
+
+
+def _listen(
+    model: HookedLoopedTransformer, probe: SpeechProbe, recurrences: Sequence[int]
+) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Hooks that let a probe hear the states after some numbers of iterations."""
+    loop = model.schedule.main_loop
+    for r in recurrences:
+        at = spot(model, f"{loop}.{r - 1}.hook_state_out")
+
+        def hook(state: Tensor, hook: Any, r: int = r, at: Spot = at) -> None:
+            probe.hear(r, state, at)
+
+        yield at.name, hook
+
+
+@torch.no_grad()
+def extrapolate(
+    model: HookedLoopedTransformer,
+    prompts: Any,
+    *,
+    recurrences: Sequence[int] = RECURRENCES,
+    labels: Int[Tensor, "prompt pos"] | Sequence[Sequence[int]] | None = None,
+    trained: int | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Extrapolation:
+    """Measure what a model says against the number of iterations.
+
+    Per labelled token: ``loss``, the negative log probability of the right token in nats; ``accuracy``, whether it is
+    the most likely one; ``entropy`` in nats; ``kl``, KL(trained || R) in nats, and ``agreement`` of the most likely
+    token, to what the model says after its trained number of iterations. One run of the most iterations is read
+    out after each R as the model itself would (by its coda, or its norm and unembedding), with one R's logits and
+    the reference's in memory; `Convergence` of the loop's states comes from the same run. Under loopify's rules
+    ``"euler"`` and ``"residual_scaled"``, whose iterations depend on R, each R is a run of its own.
+
+    Args:
+        model: The model.
+        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.streaming.prompts_of`.
+        recurrences: The numbers of iterations.
+        labels: What is to be said at each of a prompt's own tokens, -100 where nothing counts: [prompt pos], or
+            one sequence a prompt, in the prompts' order; behind the tokens, -100 alone. By
+            default the prompt's own next token. (As for a loss on logits: already shifted, unlike what
+            transformers takes.)
+        trained: The number of iterations that the model was made for; by default the one it is set to.
+        batch_size: Prompts a forward.
+        progress: Whether to show a progress bar, for work beyond two seconds.
+
+    Raises:
+        ValueError: If no R is above 1, a prompt has no token to predict, labels do not fit, or there are no prompts.
+        DivergedError: If what is said becomes NaN or infinite; names the first R.
+
+    Source:
+        Read-outs by the coda: arXiv 2507.02199; accuracy against iterations: arXiv 2502.05171 and 2510.25741.
+    """
+    wanted = sorted(set(recurrences))
+    for r in (*wanted, *([] if trained is None else [trained])):
+        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+            raise ValueError(f"recurrences must be whole numbers of at least 1, got {r!r}")
+    if not wanted or wanted[-1] < 2:
+        raise ValueError(f"recurrences={tuple(recurrences)} shows no trend: give at least one R of 2 or more")
+    trained = model.recurrences if trained is None else trained
+    every = sorted({*wanted, trained})
+    probe = SpeechProbe(model, wanted, trained, labels)
+    if not reads_any_iteration(model):
+        _run_each(model, prompts, probe, [trained, *(r for r in every if r != trained)], batch_size, progress)
+        return shared(Extrapolation(trained, probe.moments(), None))
+    with model.at_recurrences(every[-1]):
+        probe = SpeechProbe(model, wanted, trained, labels)
+        loop = model.schedule.main_loop
+        segment = loop if loop in model.schedule.segments else None
+        moves = ConvergenceProbe(model, patterns=False, segment=segment)
+        with model.hooks(fwd_hooks=list(_listen(model, probe, every))):
+            measure(
+                model,
+                prompts,
+                [probe, moves],
+                batch_size=batch_size,
+                progress=progress,
+                what="extrapolation",
+            )
+    return shared(Extrapolation(trained, probe.moments(), moves.result()))
+
+
+def _run_each(
+    model: HookedLoopedTransformer,
+    prompts: Any,
+    probe: SpeechProbe,
+    recurrences: Sequence[int],
+    batch_size: int,
+    progress: bool,
+) -> None:
+    """One forward per batch and R, the reference first."""
+    total = -(-len(prompts) // batch_size) if isinstance(prompts, Sequence | Tensor) else None
+    for batch in tqdm(
+        batches_of(model, prompts, batch_size),
+        total=total,
+        desc="extrapolation",
+        delay=2,
+        disable=not progress,
+        leave=False,
+    ):
+        probe.begin(batch, {})
+        for r in recurrences:
+            with model.at_recurrences(r):
+                logits: Any = model(batch.tokens)
+            probe.say(r, logits[probe.mask])
+        probe.end()

@@ -1,0 +1,371 @@
+"""Every firing against every other: attention distances and residual cosines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from loop_lens.dynamics.distances import DISTANCES, jensen_shannon, require_distances, require_two_tokens
+from loop_lens.figures import new_figure
+from loop_lens.moments import DivergedError, Moments, Over
+from loop_lens.results import Result, require_alike
+from loop_lens.schedule import Firing, Iteration, Schedule, UnknownNameError
+from loop_lens.streaming import Batch, Ends, measure, schedule_of, shared
+
+PAIRS = (*DISTANCES, "cosine")
+_BLOCK = 1 << 22  # elements of patterns that are compared at once
+Select = int | slice | Iterable[Any] | None
+
+
+@dataclass(frozen=True)
+class PairMaps(Result):
+    """Distances between every pair of the chosen firings.
+
+    Attributes:
+        depths: Index of each firing in the model's order: its realised depth.
+        segments: Segment of each.
+        iterations: Iteration of each, None outside loops.
+        layers: Layer of each within its segment.
+        attention: Moments of the pattern distances, over prompts and heads [depth other], or by head
+            [head depth other]; None if none was measured.
+        residual: Moments of the residual cosine, over tokens [depth other]; None if it was not measured.
+    """
+
+    depths: tuple[int, ...]
+    segments: tuple[str, ...]
+    iterations: tuple[Iteration, ...]
+    layers: tuple[int, ...]
+    attention: Moments | None
+    residual: Moments | None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics."""
+        return tuple(name for part in self._parts() for name in part.metrics)
+
+    def _parts(self) -> list[Moments]:
+        return [part for part in (self.attention, self.residual) if part is not None]
+
+    def _part(self, metric: str) -> Moments:
+        for part in self._parts():
+            if metric in part.metrics:
+                return part
+        raise ValueError(f"metric {metric!r} is unknown: there are {', '.join(self.metrics)}")
+
+    def mean(self, metric: str, *, over: Over = "values") -> Tensor:
+        """Mean [depth other], of attention by head [head depth other]."""
+        return self._part(metric).mean(metric, over=over)
+
+    def std(self, metric: str, *, over: Over = "values") -> Tensor:
+        """Standard deviation [depth other], of attention by head [head depth other]."""
+        return self._part(metric).std(metric, over=over)
+
+    def merge(self, other: PairMaps) -> PairMaps:
+        """The result on both results' prompts.
+
+        Raises:
+            ValueError: If they are of different firings or metrics.
+        """
+        require_alike(self, other, "depths", "segments", "iterations", "layers", "metrics")
+        return replace(
+            self,
+            attention=self.attention.merge(other.attention) if self.attention and other.attention else None,
+            residual=self.residual.merge(other.residual) if self.residual and other.residual else None,
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per pair, both ways (and head): places, and each metric's mean and spreads."""
+        tables = [part.to_dataframe() for part in self._parts()]
+        table = tables[0]
+        for more in tables[1:]:
+            table = table.merge(more, on=["depth", "other"])
+        iterations = pd.Series(list(self.iterations), dtype=object)  # None and numbers: not floats
+        places = pd.DataFrame({"segment": self.segments, "iteration": iterations, "layer": self.layers})
+        places.index = pd.Index(self.depths)
+        for side, prefix in (("other", "other_"), ("depth", "")):
+            for k, column in enumerate(places):
+                values = places[column].reindex(table[side]).to_numpy()
+                table.insert(table.columns.get_loc("other") + 1 + k, prefix + column, values)  # type: ignore[operator]
+        return table
+
+    def plot(self, metric: str = "frobenius", *, head: int | None = None) -> Any:
+        """Heat map of a metric, with a line wherever an iteration or a segment begins.
+
+        Args:
+            metric: Which metric.
+            head: Which head, where they were measured one by one; their mean by default.
+
+        Returns:
+            A matplotlib figure, not shown.
+
+        Raises:
+            ValueError: If the metric or the head was not measured.
+        """
+        values = self.mean(metric)
+        if values.ndim == 3:
+            if head is not None and not 0 <= head < len(values):
+                raise ValueError(f"head {head} does not exist: there are heads 0-{len(values) - 1}")
+            values = values.mean(0) if head is None else values[head]
+        elif head is not None:
+            raise ValueError("heads were not measured one by one: call pair_maps(..., per_head=True)")
+        figure, axes = new_figure(5.2, 4.4)
+        limits = {"vmax": 1.0} if metric == "cosine" else {"vmin": 0.0}
+        image = axes.imshow(values.numpy(), cmap="viridis", interpolation="nearest", **limits)
+        starts = self.boundaries
+        for at in starts[1:]:
+            axes.axhline(at - 0.5, color="white", linewidth=0.6)
+            axes.axvline(at - 0.5, color="white", linewidth=0.6)
+        shown = starts[:: -(-len(starts) // 12)]
+        labels = [
+            self.segments[i] if self.iterations[i] is None else f"{self.segments[i]} {self.iterations[i]}"
+            for i in shown
+        ]
+        axes.set_xticks(shown, labels, fontsize=7, rotation=60, ha="right")
+        axes.set_yticks(shown, labels, fontsize=7)
+        axes.set(xlabel="realised depth", ylabel="realised depth")
+        figure.colorbar(image, ax=axes, label=metric)
+        return figure
+
+    @property
+    def boundaries(self) -> list[int]:
+        """Places among the chosen firings where an iteration or a segment begins, the first included."""
+        keys = list(zip(self.segments, self.iterations, strict=True))
+        return [i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]]
+
+
+class _Sums:
+    """Sums of a grid whose every cell gets the same number of values at once."""
+
+    def __init__(self, metrics: Sequence[str], axes: dict[str, tuple[Any, ...]]) -> None:
+        self.metrics, self.axes = tuple(metrics), axes
+        shape = (len(self.metrics), *(len(labels) for labels in axes.values()))
+        self.sums = torch.zeros(6, *shape, dtype=torch.float64)
+
+    def add(self, values: Tensor) -> None:
+        """Take one prompt's values [value metric *cell]."""
+        values = values.double().cpu()
+        total, mean = values.sum(0), values.mean(0)
+        one = torch.ones_like(total)
+        parts = (len(values) * one, total, values.square().sum(0), one, mean, mean.square())
+        for to, part in zip(self.sums, parts, strict=True):
+            to += part
+
+    def moments(self) -> Moments:
+        """What has been added so far."""
+        return Moments(self.axes, self.metrics, *self.sums.clone())
+
+
+class PairProbe:
+    """Measures `PairMaps` in a run of `loop_lens.streaming.measure`.
+
+    Args:
+        model: The model, at the number of iterations to measure.
+        segment: As in `pair_maps`.
+        iteration: As in `pair_maps`.
+        layer: As in `pair_maps`.
+        metrics: As in `pair_maps`.
+        per_head: As in `pair_maps`.
+
+    Raises:
+        ValueError: If a metric is unknown, or fewer than two firings are chosen.
+        UnknownNameError: If a segment, iteration or layer does not exist.
+    """
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        *,
+        segment: str | None = None,
+        iteration: Select = None,
+        layer: Select = None,
+        metrics: Sequence[str] = PAIRS,
+        per_head: bool = False,
+    ) -> None:
+        require_distances(tuple(metrics), PAIRS)
+        self.firings = _chosen(schedule_of(model), segment, iteration, layer)
+        if len(self.firings) < 2:
+            raise ValueError("pairs need at least two firings: choose more, or set_recurrences(2) or more")
+        self._distances = tuple(m for m in metrics if m != "cosine")
+        self.hooks = (
+            *(("pattern",) if self._distances else ()),
+            *(("resid_post",) if "cosine" in metrics else ()),
+        )
+        self._places = {firing.index: i for i, firing in enumerate(self.firings)}
+        self._kept: dict[tuple[str, int], Tensor] = {}
+        depths = tuple(firing.index for firing in self.firings)
+        pairs: dict[str, tuple[Any, ...]] = {"depth": depths, "other": depths}
+        heads = {"head": tuple(range(int(model.cfg.n_heads)))} if per_head else {}
+        self._per_head = per_head
+        self._attention = _Sums(self._distances, {**heads, **pairs}) if self._distances else None
+        self._residual = _Sums(("cosine",), pairs) if "cosine" in metrics else None
+
+    def wants(self, hook: str, firing: Firing) -> bool:
+        """The chosen firings."""
+        return firing.index in self._places
+
+    def begin(self, batch: Batch, ends: Ends) -> None:
+        """Start a batch."""
+        if self._distances:
+            require_two_tokens(batch.lengths, batch.index)
+        self._lengths: list[int] = batch.lengths.tolist()
+        self._kept = {}
+
+    def see(self, hook: str, firing: Firing, value: Tensor) -> None:
+        """Keep it until the batch is over."""
+        self._kept[hook, self._places[firing.index]] = value
+
+    def end(self) -> None:
+        """Compare all pairs, prompt by prompt, without its padding."""
+        for prompt, n in enumerate(self._lengths):
+            kept = {hook: self._stacked(hook, prompt, n) for hook in self.hooks}
+            self._require_finite(kept)
+            if self._attention is not None:
+                maps = torch.stack([_pairwise(kept["pattern"], metric) for metric in self._distances])
+                # [metric head depth other]; heads are cells of their own, or values of one.
+                self._attention.add(maps.unsqueeze(0) if self._per_head else maps.transpose(0, 1))
+            if self._residual is not None:
+                self._residual.add(_cosines(kept["resid_post"]).unsqueeze(1))
+        self._kept = {}
+
+    def _stacked(self, hook: str, prompt: int, n: int) -> Tensor:
+        """One prompt's patterns [depth head query key] or stream [depth pos d_model], without padding."""
+        every = (self._kept[hook, i][prompt].float() for i in range(len(self.firings)))
+        return torch.stack([v[:, :n, :n] if hook == "pattern" else v[:n] for v in every])
+
+    def _require_finite(self, kept: dict[str, Tensor]) -> None:
+        sums = torch.stack([values.flatten(1).sum(-1) for values in kept.values()]).sum(0)
+        bad = ~sums.isfinite()
+        if bool(bad.any()):
+            firing = self.firings[int(bad.nonzero()[0])]
+            raise DivergedError(
+                f"values became NaN or infinite, first at {firing.segment} iteration {firing.iteration}, layer "
+                f"{firing.layer}: fewer iterations, a wider dtype, or other weights are needed"
+            )
+
+    def result(self) -> PairMaps:
+        """What was measured so far, by this process."""
+        return PairMaps(
+            depths=tuple(f.index for f in self.firings),
+            segments=tuple(f.segment for f in self.firings),
+            iterations=tuple(f.iteration for f in self.firings),
+            layers=tuple(f.layer for f in self.firings),
+            attention=None if self._attention is None else self._attention.moments(),
+            residual=None if self._residual is None else self._residual.moments(),
+        )
+
+
+def _chosen(schedule: Schedule, segment: str | None, iteration: Select, layer: Select) -> list[Firing]:
+    """Firings in order; iterations and layers as `HookedLoopedTransformer.names` takes them."""
+    if segment is None and iteration is None and layer is None:
+        return list(schedule)
+    if segment is None:
+        segment = schedule.innermost_loop if schedule.loops else next(iter(schedule.segments))
+    schedule.require_segment(segment)
+    own = [firing for firing in schedule if firing.segment == segment]
+    iterations = _picked("iteration", iteration, list(dict.fromkeys(f.iteration for f in own)))
+    layers = _picked("layer", layer, sorted({f.layer for f in own}))
+    return [firing for firing in own if firing.iteration in iterations and firing.layer in layers]
+
+
+def _picked(what: str, chosen: Any, every: list[Any]) -> list[Any]:
+    if chosen is None:
+        return every
+    if isinstance(chosen, slice):
+        return every[chosen]
+    wanted = [chosen] if isinstance(chosen, int | tuple) else list(chosen)
+    missing = [item for item in wanted if item not in every]
+    if missing:
+        raise UnknownNameError(f"{what} {missing[0]} does not exist: there are {every[0]} to {every[-1]}")
+    return wanted
+
+
+def _pairwise(
+    patterns: Float[Tensor, "depth head query key"], metric: str
+) -> Float[Tensor, "head depth depth"]:
+    """One distance between all pairs of patterns, of each head; those per query as their mean."""
+    if metric == "js":
+        return _jensen_shannon(patterns)
+    flat = patterns.flatten(2).transpose(0, 1)
+    if metric == "tv":
+        return torch.cdist(flat, flat, p=1) / (2 * patterns.shape[2])
+    # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b cancels for neighbours: in float64, around the mean of all, it is
+    # exact to about 1e-8 of the patterns' own spread.
+    wide = flat.double()
+    wide = wide - wide.mean(1, keepdim=True)
+    gram = wide @ wide.mT
+    square = gram.diagonal(dim1=-2, dim2=-1)
+    distance = (square[:, :, None] + square[:, None, :] - 2 * gram).clamp_min(0).sqrt()
+    distance.diagonal(dim1=-2, dim2=-1).zero_()
+    return distance
+
+
+def _jensen_shannon(patterns: Tensor) -> Tensor:
+    n_depths, n_heads = patterns.shape[:2]
+    found = patterns.new_zeros(n_heads, n_depths, n_depths)
+    size = max(1, _BLOCK // patterns[0].numel())
+    for i in range(n_depths - 1):
+        for start in range(i + 1, n_depths, size):
+            others = slice(start, min(start + size, n_depths))
+            found[:, i, others] = jensen_shannon(patterns[i], patterns[others]).mean(-1).T
+    return found + found.mT
+
+
+def _cosines(stream: Float[Tensor, "depth pos d_model"]) -> Float[Tensor, "pos depth depth"]:
+    """Cosine between all pairs of firings, at each position."""
+    unit = torch.nn.functional.normalize(stream, dim=-1, eps=torch.finfo(torch.float32).tiny).transpose(0, 1)
+    return unit @ unit.mT
+
+
+def pair_maps(
+    model: TransformerBridge,
+    prompts: Any,
+    *,
+    segment: str | None = None,
+    iteration: Select = None,
+    layer: Select = None,
+    metrics: Sequence[str] = PAIRS,
+    per_head: bool = False,
+    batch_size: int = 4,
+    progress: bool = True,
+) -> PairMaps:
+    """Compare the attention and the stream of every two firings.
+
+    Unlike the other measures, this one has to keep a batch's patterns and streams of all chosen firings until
+    the batch is over: firings x batch_size x (heads x pos + d_model) x pos x 4 bytes. Of the distances,
+    Frobenius is one matrix product a prompt; total variation and Jensen-Shannon take every pair's every
+    entry (with 512 firings, 131,000 pairs), so choose fewer firings for them.
+
+    Args:
+        model: A looped model at the number of iterations to measure, or a feed-forward one.
+        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.streaming.prompts_of`.
+        segment: One segment; the innermost loop if only iterations or layers are chosen, every firing of the
+            model if nothing is.
+        iteration: One, several or a slice of its iterations.
+        layer: One, several or a slice of its layers.
+        metrics: ``"frobenius"``, ``"tv"`` (total variation) and ``"js"`` (Jensen-Shannon distance, both per query)
+            of attention patterns, head by head, and ``"cosine"`` of the stream after the block, per token.
+        per_head: Whether to keep heads apart rather than average over them; 48 bytes a pair, metric and head.
+        batch_size: Prompts a forward.
+        progress: Whether to show a progress bar, for work beyond two seconds.
+
+    Raises:
+        ValueError: If a metric is unknown, fewer than two firings are chosen, a prompt has one token (for
+            attention), there are no prompts, or the model has no attention patterns.
+        UnknownNameError: If a segment, iteration or layer does not exist.
+        DivergedError: If values become NaN or infinite; names the first firing.
+
+    Source:
+        arXiv 2604.11791, M7 and M8 (figures 2 and 19 to 21); the other two distances are additions.
+    """
+    probe = PairProbe(
+        model, segment=segment, iteration=iteration, layer=layer, metrics=metrics, per_head=per_head
+    )
+    measure(model, prompts, [probe], batch_size=batch_size, progress=progress, what="pairs")
+    return shared(probe.result())
