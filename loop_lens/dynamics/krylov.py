@@ -37,18 +37,17 @@ def largest_eigenvalue(product: Product, rows: int, size: int, *, steps: int, se
         seed: Seed of the first vectors.
     """
     steps = min(steps, size)
-    vector = _first(rows, size, seed)
-    basis = [vector]
+    basis = torch.zeros(rows, steps, size, dtype=torch.float64)
+    basis[:, 0] = _first(rows, size, seed)
     hessenberg = torch.zeros(rows, steps, steps, dtype=torch.float64)
     left = torch.zeros(rows, dtype=torch.float64)
     for k in range(steps):
-        moved = product(basis[k])
-        rest, along = _orthogonal(moved, basis)
-        hessenberg[:, : k + 1, k] = along.T
+        moved = product(basis[:, k])
+        rest, hessenberg[:, : k + 1, k] = _orthogonal(moved, basis[:, : k + 1])
         vector, left = _unit(rest, moved)
         if k + 1 < steps:
             hessenberg[:, k + 1, k] = left
-            basis.append(vector)
+            basis[:, k + 1] = vector
     values, vectors = torch.linalg.eig(hessenberg)
     largest = values.abs().argmax(-1)
     tail = vectors[torch.arange(rows), -1, largest].abs()
@@ -69,21 +68,21 @@ def largest_singular_value(
         seed: Seed of the first vectors.
     """
     steps = min(steps, size)
-    right = [_first(rows, size, seed)]
-    lefts: list[Tensor] = []
+    right = torch.zeros(rows, steps, size, dtype=torch.float64)
+    right[:, 0] = _first(rows, size, seed)
+    left = torch.zeros_like(right)
     bidiagonal = torch.zeros(rows, steps, steps, dtype=torch.float64)
     left_over = torch.zeros(rows, dtype=torch.float64)
     for k in range(steps):
-        moved = product(right[k])
-        rest, _ = _orthogonal(moved, lefts)
-        u, bidiagonal[:, k, k] = _unit(rest, moved)
-        lefts.append(u)
-        back = transposed(u)
-        rest, _ = _orthogonal(back, right)
-        v, left_over = _unit(rest, back)
+        moved = product(right[:, k])
+        rest, _ = _orthogonal(moved, left[:, :k])
+        left[:, k], bidiagonal[:, k, k] = _unit(rest, moved)
+        back = transposed(left[:, k])
+        rest, _ = _orthogonal(back, right[:, : k + 1])
+        vector, left_over = _unit(rest, back)
         if k + 1 < steps:
             bidiagonal[:, k, k + 1] = left_over
-            right.append(v)
+            right[:, k + 1] = vector
     u, s, _ = torch.linalg.svd(bidiagonal)
     return Leading(s[:, 0], left_over * u[:, -1, 0].abs())
 
@@ -94,14 +93,13 @@ def _first(rows: int, size: int, seed: int) -> Tensor:
     return vector / vector.norm(dim=-1, keepdim=True)
 
 
-def _orthogonal(vector: Tensor, basis: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """What of each row's vector is orthogonal to a basis, and its coefficients along it [basis row]."""
-    along = torch.zeros(len(basis), len(vector), dtype=torch.float64)
+def _orthogonal(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """What of each row's vector is orthogonal to a basis [row k size], and its coefficients [row k]."""
+    along = torch.zeros(basis.shape[:2], dtype=torch.float64)
     for _ in range(2):  # once more against rounding
-        for j, other in enumerate(basis):
-            part = torch.linalg.vecdot(vector, other)
-            along[j] += part
-            vector = vector - part[:, None] * other
+        part = (basis @ vector[..., None])[..., 0]
+        vector = vector - (part[:, None] @ basis)[:, 0]
+        along += part
     return vector, along
 
 

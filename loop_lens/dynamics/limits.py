@@ -136,7 +136,7 @@ def limiting_behaviours(
     flat = s - s.mean(-1, keepdim=True) - slope * centred
     window = torch.hann_window(n, periodic=False, dtype=torch.float64, device=s.device)
     peak, k = torch.fft.rfft(flat * window).abs()[..., 1:].max(-1)
-    frequency, amplitude = (k + 1) / n, 4 * peak / n
+    frequency, amplitude = (k + 1).double() / n, 4 * peak / n
     gradient = slope[..., 0] if of == "cosine" else -slope[..., 0]
     settled = torch.stack([(s >= 1 - a if of == "cosine" else s <= a).double().mean(-1) for a in taus])
     kinds: list[Tensor] = []

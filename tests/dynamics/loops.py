@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ def loop_of(matrix: Tensor, *, inject: float = 0.0, recurrences: int = 8) -> Hoo
     """A loop that maps its state s to ``matrix @ s`` plus the prelude's output times ``inject``."""
     model = linear_loop()
     d = model.cfg.d_model
-    weight = model.original_model.model.injection.adapter.weight
+    wrapped: Any = model.original_model
+    weight = wrapped.model.injection.adapter.weight
     weight[:, :d] = matrix
     weight[:, d:] = inject * torch.eye(d)
     for name, parameter in model.original_model.named_parameters():

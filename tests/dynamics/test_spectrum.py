@@ -58,7 +58,9 @@ def test_a_linear_loop_in_closed_form() -> None:
     model = loop_of(matrix, inject=1.0, recurrences=3)
     radius = float(np.abs(np.linalg.eigvals(matrix.numpy())).max())
     stretch = float(np.linalg.svd(matrix.numpy(), compute_uv=False)[0])
-    assert leading_singular_value(model, "w1 w2 w3", iteration=1, steps=60) == pytest.approx(stretch, rel=1e-4)
+    assert leading_singular_value(model, "w1 w2 w3", iteration=1, steps=60) == pytest.approx(
+        stretch, rel=1e-4
+    )
     for positions in (None, "all"):
         found = jacobian_spectrum(model, "w1 w2 w3", positions=positions, steps=24)  # type: ignore[arg-type]
         assert torch.allclose(found.radius, torch.tensor(radius, dtype=torch.float64), rtol=2e-2)
