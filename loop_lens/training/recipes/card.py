@@ -108,7 +108,7 @@ def card(recipe: Recipe, model: LoopedTransformer, measured: Measured, training:
 
 def curves(log: pd.DataFrame, passed: Mapping[int, int]) -> Any:
     """Loss, accuracy and level against the step; a matplotlib figure, not shown."""
-    levels = log["level"].nunique() > 1
+    levels = len(set(log["level"])) > 1
     figure, axes = new_figure(6, 5 if levels else 3.6, rows=3 if levels else 2, sharex=True)
     smooth = log.rolling(5, min_periods=1, on="step").mean()
     axes[0].plot(smooth["step"], smooth["loss"], linewidth=1)

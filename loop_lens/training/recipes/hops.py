@@ -5,9 +5,10 @@ from __future__ import annotations
 from loop_lens.data.hops import HopsTask
 from loop_lens.data.task import Task
 from loop_lens.model.config import LoopedConfig
+from loop_lens.model.modeling import LoopedTransformer
 from loop_lens.training.config import TrainingConfig
 from loop_lens.training.curriculum import Curriculum
-from loop_lens.training.recipes.measure import measure_chain
+from loop_lens.training.recipes.measure import Measured, measure_chain
 from loop_lens.training.recipes.recipe import Recipe
 from loop_lens.training.recurrences import Uniform
 
@@ -61,6 +62,11 @@ def training(seed: int) -> TrainingConfig:
     )
 
 
+def measure(trained: LoopedTransformer, of: Task) -> Measured:
+    """Measure on sequences as users write them, with one query."""
+    return measure_chain(trained, HopsTask())
+
+
 HOPS = Recipe(
     name="hops",
     summary="A looped transformer that follows arrows through a random cycle of eight symbols and solves more hops "
@@ -69,5 +75,5 @@ HOPS = Recipe(
     task=task,
     model=model,
     training=training,
-    measure=measure_chain,
+    measure=measure,
 )

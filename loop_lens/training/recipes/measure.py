@@ -16,6 +16,7 @@ from loop_lens.data.task import IGNORED, Task, TaskBatch
 from loop_lens.data.text import TextTask
 from loop_lens.model.modeling import LoopedTransformer
 from loop_lens.opening import wrap
+from loop_lens.training.losses import exit_log_probabilities
 
 TEST_SEED = 10_000
 """Seed of the test batches; any number would do, but cards and tests must agree."""
@@ -149,7 +150,33 @@ def measure_chain(
         titles[2]: "Mean over tokens of the distance between the states that leave an iteration and the one "
         "before, relative to the state's norm; 16 test sequences.",
     }
-    return Measured(numbers, dict(zip(titles, (by_answer, by_level, settling), strict=True)), notes)
+    tables = dict(zip(titles, (by_answer, by_level, settling), strict=True))
+    if model.config.exit_gate:
+        title = "Exit gate"
+        tables[title] = gate_table(model, held_out(task, top, n))
+        notes[title] = (
+            f"Mean over test sequences of the iteration at which the trained gate leaves, of {default}, and how "
+            "often the answer is right there, by answer."
+        )
+    return Measured(numbers, tables, notes)
+
+
+@torch.no_grad()
+def gate_table(model: LoopedTransformer, batch: TaskBatch) -> pd.DataFrame:
+    """Where the exit gate leaves, in expectation, and how right the model is there, answer by answer."""
+    places = (batch.labels[0] != IGNORED).nonzero().flatten()
+    out = model(batch.input_ids, use_cache=False, read_iterations=True)
+    assert out.exit_gate_logits is not None and out.iteration_logits is not None
+    p = exit_log_probabilities(out.exit_gate_logits[:, :, places]).exp()
+    right = (out.iteration_logits[:, :, places].argmax(-1) == batch.labels[:, places]).float()
+    iteration = torch.arange(1.0, len(p) + 1)[:, None, None]
+    return pd.DataFrame(
+        {
+            "answer": range(1, len(places) + 1),
+            "exit iteration": (p * iteration).sum(0).mean(0),
+            "accuracy at exit": (p * right).sum(0).mean(0),
+        }
+    )
 
 
 @torch.no_grad()
