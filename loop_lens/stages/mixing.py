@@ -143,7 +143,7 @@ def spectrum(
 ) -> Float[Tensor, "*rest rank"]:
     """Shares of the squared singular values of a residual stream, ascending, in float64.
 
-    They are the eigenvalues of the smaller Gram matrix over their sum: 25 times faster than singular
+    They are the eigenvalues of the smaller Gram matrix over their sum: ten times faster than singular
     values, and in float64 equal to them within 1e-9. Positions that do not count become rows of zeros,
     which change no singular value. Where the stream holds NaN or infinity, or nothing, all are NaN.
 

@@ -255,10 +255,11 @@ class Stages(Result):
             for j, curve in enumerate(other.curves(metric, by=by, span=span)):
                 label = name if j == 0 else None
                 if by == "layer" and len(curve.at) == 1:
-                    axes.axhline(float(curve.mean), color=color, linewidth=0.6, linestyle="--", label=label)
+                    axes.axhline(float(curve.mean), color=color, linewidth=0.5, linestyle="--", label=label)
                 else:
                     axes.plot(curve.at, curve.mean, "--", color=color, linewidth=1.2, label=label)
         axes.set(xlabel=_axis(by, span), ylabel=metric.replace("_", " "))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7, ncols=2)
         return figure
@@ -273,7 +274,7 @@ def _shades(n: int) -> list[Any]:
 
 def _axis(by: By, span: Span) -> str:
     if by == "depth":
-        return "firing"
+        return "realised depth (blocks)"
     if by == "layer":
         return "recurrence"
     return "% of depth, prelude and coda included" if span == "model" else "% of the recurrent block's depth"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,6 +43,9 @@ def test_attention_against_numpy() -> None:
     wide = pattern.double().numpy()
     expected = [1 - entropy(head.mean(0)) / math.log(8) for head in wide]
     assert colsum_concentration(pattern).tolist() == pytest.approx(expected, rel=1e-5)
+    for tau in (0.1, 0.2, 0.3):
+        expected = np.mean([head[:, 0].mean() >= tau for head in wide])
+        assert float(sink_rate(pattern, tau)) == pytest.approx(expected)
     expected = [entropy(head).mean() for head in wide]
     assert mixing_score(pattern).tolist() == pytest.approx(expected, rel=1e-6)
     assert torch.allclose(
