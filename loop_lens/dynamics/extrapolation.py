@@ -19,7 +19,7 @@ from loop_lens.interventions.sites import Spot, spot
 from loop_lens.lenses.readers import coda_start, is_normed, read_stream, run_coda
 from loop_lens.lenses.readout import CHUNK
 from loop_lens.loopify import WindowBody
-from loop_lens.moments import Collector, Moments, Over
+from loop_lens.moments import Collector, DivergedError, Moments, Over
 from loop_lens.results import Result, require_alike
 from loop_lens.schedule import Firing
 from loop_lens.streaming import Batch, Ends, batches_of, measure, shared
@@ -174,6 +174,11 @@ class SpeechProbe:
         """Compare what is said at the labelled positions; the reference comes first."""
         if recurrences == self.trained:
             self._reference = said.float().log_softmax(-1)
+            if bool(self._reference.isnan().any()):
+                raise DivergedError(
+                    f"what is said after {self.trained} iterations is NaN, and everything is compared with it: give "
+                    "another trained=, or a wider dtype"
+                )
         cell = self._at.get(recurrences)
         if cell is None:
             return
@@ -302,7 +307,7 @@ def extrapolate(
 
     Raises:
         ValueError: If no R is above 1, a prompt has no token to predict, labels do not fit, or there are no prompts.
-        DivergedError: If what is said becomes NaN or infinite; names the first R.
+        DivergedError: If states or what is said become NaN or infinite; names the first iteration or R.
 
     Source:
         Read-outs by the coda: arXiv 2507.02199; accuracy against iterations: arXiv 2502.05171 and 2510.25741.
@@ -328,7 +333,7 @@ def extrapolate(
             measure(
                 model,
                 prompts,
-                [probe, moves],
+                [moves, probe],  # in this order, so that the iteration that diverged is named
                 batch_size=batch_size,
                 progress=progress,
                 what="extrapolation",

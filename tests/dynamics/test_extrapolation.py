@@ -168,9 +168,33 @@ def test_bad_requests() -> None:
         extrapolate(model, [[1, 2]], recurrences=(1, 2), labels=[[-100, -100]])
     with pytest.raises(ValueError, match="no prompts"):
         extrapolate(model, [], recurrences=(1, 2))
-    with model.at_recurrences(8):
-        name = model.name("resid_post", iteration=2, layer=1)
-        hooks: list[Any] = [(name, lambda value, hook: value * float("nan"))]
-        with model.hooks(fwd_hooks=hooks), pytest.raises(DivergedError, match="recurrences 4"):
-            extrapolate(model, TEXTS, recurrences=(1, 2, 4, 8), trained=2)
     assert not any(point.fwd_hooks for point in model.hook_points())
+
+
+@pytest.mark.parametrize(
+    ("trained", "message"), [(2, "iteration 2, layer 1"), (4, "said after 4 iterations is NaN")]
+)
+def test_what_diverged_is_named(trained: int, message: str) -> None:
+    model = wrapped(injection="linear", initial_state="noise", recurrences=8)
+    name = model.name("resid_post", iteration=2, layer=1)
+    hooks: list[Any] = [(name, lambda value, hook: value * float("nan"))]
+    with model.hooks(fwd_hooks=hooks), pytest.raises(DivergedError, match=message):
+        extrapolate(model, TEXTS, recurrences=(1, 2, 4, 8), trained=trained)
+    assert not any(point.fwd_hooks for point in model.hook_points())
+
+
+def test_a_read_out_that_diverges_is_named() -> None:
+    model = wrapped(injection="linear", initial_state="noise")
+    seen: list[int] = []
+
+    def third_time(value: Tensor, hook: Any) -> Tensor:
+        seen.append(1)
+        return value * float("nan") if len(seen) == 3 else value
+
+    name = model.name("resid_post", segment="coda", layer=0)
+    model.set_recurrences(8)
+    with (
+        model.hooks(fwd_hooks=[(name, third_time)]),
+        pytest.raises(DivergedError, match="first at recurrences 4"),
+    ):
+        extrapolate(model, TEXTS, recurrences=(1, 2, 4, 8), trained=1)
