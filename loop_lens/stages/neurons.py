@@ -163,16 +163,17 @@ def vocabulary_neurons(
     blocks, weights = _neurons(model)
     norm = _Fold(model.ln_final, int(model.cfg.d_model), "the final norm")
     unembedding = _Unembedding(model.W_U.detach(), norm, unit_tokens)
-    sums = [torch.zeros(3, len(w), dtype=torch.float64, device=w.device) for w in weights]
+    sums = [torch.zeros(3, len(w), dtype=torch.float64) for w in weights]
     steps = len(unembedding) * sum(-(-len(w) // _NEURONS) for w in weights)
     with tqdm(total=steps, desc="neurons", delay=2, disable=not progress, leave=False) as bar:
         for tokens in unembedding:
             for w, total in zip(weights, sums, strict=True):
                 for start in range(0, len(w), _NEURONS):
                     here = slice(start, start + _NEURONS)
-                    total[:, here] += _powers(w[here] @ tokens.to(w.device).mT)
+                    rows = w.rows(here)
+                    total[:, here] += _powers(rows @ tokens.to(rows.device).mT).cpu()
                     bar.update()
-    second, third, fourth = (torch.cat(sums, -1).cpu() / unembedding.size).unbind()
+    second, third, fourth = (torch.cat(sums, -1) / unembedding.size).unbind()
     if not bool(fourth.isfinite().all()):
         raise ValueError("the weights hold NaN or infinity: these neurons have no effects to count")
     owner = torch.repeat_interleave(torch.arange(len(blocks)), torch.tensor([len(w) for w in weights]))
@@ -186,30 +187,55 @@ def _powers(effects: Tensor) -> Tensor:
     return torch.stack([values.sum(-1, dtype=torch.float64) for values in found])
 
 
-def _neurons(model: TransformerBridge) -> tuple[tuple[tuple[str, int], ...], list[Tensor]]:
-    """The physical blocks, and their neurons' unit directions into the stream [neuron d_model]."""
+class _Neurons:
+    """A block's neurons as unit directions into the stream, some thousand at a time.
+
+    Args:
+        weight: The MLP's output weights [neuron d_model].
+        folds: Norms that the MLP's output goes through within its block.
+    """
+
+    def __init__(self, weight: Tensor, folds: list[_Fold]) -> None:
+        self._weight, self._folds = weight, folds
+
+    def __len__(self) -> int:
+        return len(self._weight)
+
+    def rows(self, here: slice) -> Tensor:
+        """Unit directions [neuron d_model] in float32."""
+        rows = self._weight[here].float()
+        for fold in self._folds:
+            rows = fold.apply(rows)
+        # Moments are of the standardised effects: the scale is free, and unit rows keep powers in range.
+        return rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _neurons(model: TransformerBridge) -> tuple[tuple[tuple[str, int], ...], list[_Neurons]]:
+    """The physical blocks, and the neurons of each.
+
+    Raises:
+        ValueError: If a block has no MLP with output weights of its own.
+    """
     schedule = schedule_of(model)
     blocks: list[tuple[str, int]] = []
-    weights: list[Tensor] = []
+    neurons: list[_Neurons] = []
     for visits in schedule.visits:
         firing = schedule[visits[0]]
         block: Any = model.blocks[firing.index]
         try:
-            out: Tensor = block.mlp.W_out
+            weight: Tensor = block.mlp.W_out.detach()
         except AttributeError:
-            out = torch.empty(0)
-        if out.ndim != 2:
+            weight = torch.empty(0)
+        if weight.ndim != 2:
             raise ValueError(
                 f"{firing.prefix} has no MLP with output weights [d_mlp d_model], so it has no neurons to count"
             )
-        rows = out.detach().float()
-        for name in _AFTER_MLP:
-            if name in dict(block.named_children()):
-                rows = _Fold(getattr(block, name), rows.shape[1], f"{firing.prefix}'s {name}").apply(rows)
+        parts = dict(block.named_children())
+        width = weight.shape[1]
+        folds = [_Fold(parts[n], width, f"{firing.prefix}'s {n}") for n in _AFTER_MLP if n in parts]
         blocks.append((firing.segment, firing.layer))
-        # Moments are of the standardised effects: the scale is free, and unit rows keep powers in range.
-        weights.append(rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny))
-    return tuple(blocks), weights
+        neurons.append(_Neurons(weight, folds))
+    return tuple(blocks), neurons
 
 
 class _Fold:
