@@ -134,6 +134,11 @@ class LoopedConfig(PreTrainedConfig):
                 "a looped model needs at least one core layer and no negative sizes, got prelude "
                 f"{self.prelude_layers}, core {self.core_layers}, coda {self.coda_layers}"
             )
+        if self.injection != "none" and self.initial_state == "prelude" and not self.prelude_layers:
+            raise ValueError(
+                f"the {self.injection} injection has no prelude's output to inject: the loop starts from the "
+                "embedding itself, so give prelude_layers of at least 1, another initial_state, or injection='none'"
+            )
         if self.num_key_value_heads is None or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key-value "

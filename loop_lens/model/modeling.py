@@ -228,6 +228,10 @@ class LoopedPreTrainedModel(PreTrainedModel):
             # 0.7 [I, I] keeps the scale of a sum of two equally large streams.
             eye = 0.7 * torch.eye(module.adapter.out_features)
             module.adapter.weight.copy_(torch.cat([eye, eye], dim=1))
+        if isinstance(module, ScaledEmbedding) and self.config.tie_word_embeddings:
+            # Where the stream still is the embedding, a token's own logit is d_model times this deviation: a
+            # wider one would begin by repeating the prompt, at a loss above that of guessing.
+            module.weight.mul_(min(1.0, 1 / (self.config.hidden_size * self.config.initializer_range)))
 
 
 class LoopedModel(LoopedPreTrainedModel):

@@ -7,6 +7,7 @@ from loop_lens.training.evaluation import Evaluation, evaluate
 from loop_lens.training.losses import ExitGateLoss, LastIteration, Loss, WeightedIterations
 from loop_lens.training.recurrences import Fixed, LogNormalPoisson, Ramp, Recurrences, Uniform
 from loop_lens.training.result import StepRecord, TrainingResult
+from loop_lens.training.retrofit import retrofit
 from loop_lens.training.trainer import NonFiniteLossError, train
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "Uniform",
     "WeightedIterations",
     "evaluate",
+    "retrofit",
     "train",
 ]

@@ -114,13 +114,21 @@ def load_checkpoint(
     try:
         state = json.loads((path / "progress.json").read_text())
         rows = pd.read_csv(path / "log.csv", float_precision="round_trip")
-    except (OSError, ValueError) as error:
+        moments = load_file(path / "optimizer.safetensors")
+        _require_same(path, state["settings"], settings)
+        load_model(model, path / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}): delete it, or train with resume=False to start over"
         ) from error
-    _require_same(path, state["settings"], settings)
-    load_model(model, path / "model.safetensors")
-    _fill_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
+    except RuntimeError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{path} does not fit this model: build it as it was, choose another folder, or start over with "
+            "resume=False"
+        ) from error
+    _fill_optimizer(model, optimizer, moments)
     return Progress(
         done=state["done"],
         curriculum=CurriculumState(**state["curriculum"]),

@@ -114,7 +114,7 @@ class _Training:
         forward, optimizer = self.accelerator.prepare(model, self.optimizer)
         self._begin(resume)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_blocks(model, on=True)
         model.train()
         begun = time.perf_counter() - self.at.seconds
         bar = tqdm(
@@ -148,7 +148,7 @@ class _Training:
         finally:
             bar.close()
             if config.gradient_checkpointing:
-                model.gradient_checkpointing_disable()
+                checkpoint_blocks(model, on=False)
             optimizer.zero_grad()
             model.eval()
             self.accelerator.unwrap_model(forward, keep_fp32_wrapper=False)
@@ -288,6 +288,16 @@ class _Training:
                     "train again with the same folder; nothing has to be trained again"
                 ) from error
         self.accelerator.wait_for_everyone()
+
+
+def checkpoint_blocks(model: LoopedTransformer, *, on: bool) -> None:
+    """Whether blocks are run again in the backward pass; transformers 5.24 renamed how to say it."""
+    names = [f"{kind}_checkpointing_{'enable' if on else 'disable'}" for kind in ("activation", "gradient")]
+    switch: Any = next(getattr(model, name) for name in names if hasattr(model, name))
+    if on:
+        switch({"use_reentrant": False})
+    else:
+        switch()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
