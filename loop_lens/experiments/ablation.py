@@ -1,0 +1,283 @@
+"""Injection, norm placement and block size in small looped models that train here: the grid and its runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from loop_lens.data import AdditionTask, CompositionTask, Task, TextTask
+from loop_lens.experiments.ablation_measures import Measured, Measuring, measure_cell
+from loop_lens.experiments.random_models import NORMS
+from loop_lens.model import LoopedConfig, LoopedTransformer
+from loop_lens.training import Fixed, TrainingConfig, train
+
+TASKS = ("addition", "composition", "text")
+TRAINED = 4
+"""Iterations in training, as in the paper's small models."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model of the grid.
+
+    Attributes:
+        task: What it learns.
+        norm: ``"pre"``, ``"huginn"`` (on the stream, after each branch) or ``"ouro"`` (around each branch,
+            and after each iteration).
+        injection: ``"linear"`` or ``"none"``.
+        core: Blocks of the loop.
+        outer: Blocks of the prelude, and of the coda.
+        recurrences: Iterations in training; 1 is a feed-forward model.
+        seed: Of weights, data and initial states.
+    """
+
+    task: str
+    norm: str = "pre"
+    injection: str = "none"
+    core: int = 2
+    outer: int = 1
+    recurrences: int = TRAINED
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for what, value, allowed in (
+            ("task", self.task, TASKS),
+            ("norm", self.norm, tuple(NORMS)),
+            ("injection", self.injection, ("linear", "none")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{what}={value!r} is unknown: choose one of {', '.join(allowed)}")
+        if self.core < 1 or self.outer < 0 or self.recurrences < 1:
+            raise ValueError(
+                f"{self}: a model needs at least one core layer, one iteration, and no negative sizes"
+            )
+
+    @property
+    def looped(self) -> bool:
+        """Whether its core runs more than once."""
+        return self.recurrences > 1
+
+    @property
+    def shape(self) -> str:
+        """Prelude, core and coda as the paper writes them; the number of layers of a feed-forward model."""
+        if not self.looped:
+            return f"{2 * self.outer + self.core} layers"
+        return f"({self.outer}, {self.core}x{self.recurrences}, {self.outer})"
+
+    @property
+    def name(self) -> str:
+        """A name for folders and tables."""
+        kind = f"{self.norm}-{self.injection}" if self.looped else "feedforward"
+        outer = "" if self.outer == 1 or not self.looped else f"-outer{self.outer}"
+        return f"{self.task}-{kind}-{self.core}{outer}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the models of a grid are made, trained and measured.
+
+    Attributes:
+        width: d_model.
+        mlp: Width of the gated MLP.
+        init: Standard deviation of the initial weights.
+        level: Level of the synthetic task.
+        symbols: Numbers modulo which addition adds, or symbols that composition permutes.
+        vocabulary: Tokens of the text's tokenizer.
+        window: Tokens in a sequence of text.
+        steps: Training steps on the synthetic task.
+        text_steps: Training steps on text.
+        batch: Sequences a step on the synthetic task.
+        text_batch: Sequences a step on text.
+        lr: Peak learning rate; a cosine brings it down to a tenth.
+        warmup: Steps in which it rises.
+        measuring: What is measured.
+    """
+
+    width: int = 64
+    mlp: int = 128
+    init: float = 0.06
+    level: int = 4
+    symbols: int = 5
+    vocabulary: int = 1024
+    window: int = 64
+    steps: int = 300
+    text_steps: int = 400
+    batch: int = 32
+    text_batch: int = 8
+    lr: float = 3e-3
+    warmup: int = 50
+    measuring: Measuring = field(default_factory=Measuring)
+
+    def task(self, name: str) -> Task:
+        """The task of that name."""
+        if name == "text":
+            return TextTask(vocab_size=self.vocabulary, window=self.window)
+        return (
+            AdditionTask(modulus=self.symbols)
+            if name == "addition"
+            else CompositionTask(symbols=self.symbols)
+        )
+
+    def build(self, cell: Cell, vocabulary: int) -> LoopedTransformer:
+        """A cell's model with its initial weights."""
+        torch.manual_seed(cell.seed)
+        config = LoopedConfig(
+            vocab_size=vocabulary,
+            hidden_size=self.width,
+            intermediate_size=self.mlp,
+            num_attention_heads=4,
+            prelude_layers=cell.outer if cell.looped else 0,
+            core_layers=cell.core if cell.looped else cell.core + 2 * cell.outer,
+            coda_layers=cell.outer if cell.looped else 0,
+            recurrences=cell.recurrences,
+            injection=cell.injection,
+            initial_state="noise" if cell.injection == "linear" else "prelude",
+            initializer_range=self.init,
+            **NORMS[cell.norm],
+        )
+        return LoopedTransformer(config)
+
+    def training(self, cell: Cell) -> TrainingConfig:
+        """How a cell is trained."""
+        text = cell.task == "text"
+        return TrainingConfig(
+            steps=self.text_steps if text else self.steps,
+            batch_size=self.text_batch if text else self.batch,
+            lr=self.lr,
+            warmup=self.warmup,
+            schedule="cosine",
+            final_lr=0.1,
+            seed=cell.seed,
+            recurrences=Fixed(cell.recurrences),
+            level=1 if text else self.level,
+            checkpoint_every=100,
+        )
+
+
+def grid(
+    task: str = "addition", *, cores: Sequence[int] = (2, 4), depth: int = 6, seed: int = 0
+) -> list[Cell]:
+    """The cells: injection x norm x block size on a synthetic task and on text, and what text needs besides.
+
+    On text there are the pre-norm models without prelude and coda, two feed-forward references that differ by
+    seed, and the largest pre-norm models with another seed.
+
+    Args:
+        task: The synthetic task.
+        cores: Block sizes.
+        depth: Layers of the feed-forward references.
+        seed: The first seed.
+    """
+    if task == "text":
+        raise ValueError("text is always in the grid: choose a synthetic task, addition or composition")
+    if not cores or depth < 3:
+        raise ValueError(
+            f"cores={tuple(cores)}, depth={depth}: give at least one block size, and 3 layers or more"
+        )
+    most = max(cores)
+    main = {
+        name: [
+            Cell(name, norm, injection, core, seed=seed)
+            for core, norm, injection in product(sorted(cores), NORMS, ("linear", "none"))
+        ]
+        for name in (task, "text")
+    }
+    bare = [Cell("text", core=core, outer=0, seed=seed) for core in sorted(cores, reverse=True)]
+    again = [Cell("text", "pre", injection, most, seed=seed + 1) for injection in ("none", "linear")]
+    return [
+        Cell("text", core=depth - 2, recurrences=1, seed=seed),
+        *(cell for cell in main[task] if cell.core != most),
+        *(cell for cell in main["text"] if cell.core == most),
+        bare[0],
+        *(cell for cell in main[task] if cell.core == most),
+        *(cell for cell in main["text"] if cell.core != most),
+        *bare[1:],
+        Cell("text", core=depth - 2, recurrences=1, seed=seed + 1),
+        *again,
+        Cell("text", core=most, outer=0, seed=seed + 1),
+    ]
+
+
+def run_cell(cell: Cell, settings: Settings, folder: Path, task: Task, *, progress: bool = True) -> Measured:
+    """Train and measure one cell, or read what an earlier run left of it.
+
+    Raises:
+        ValueError: If the folder holds this cell under other settings.
+    """
+    folder = folder / cell.name
+    folder.mkdir(parents=True, exist_ok=True)
+    _require_same(folder / "settings.json", {"cell": asdict(cell), "settings": asdict(settings)})
+    if (folder / "measured").exists():
+        return Measured.load(folder / "measured")
+    model = settings.build(cell, task.vocab_size)
+    result = train(model, task, settings.training(cell), folder=folder / "run", progress=progress)
+    initial = settings.build(cell, task.vocab_size).eval()
+    level = settings.training(cell).level
+    with _deterministic(settings.measuring.seed):
+        found = measure_cell(
+            result.model, initial, task, level, result.log, settings.measuring, progress=progress
+        )
+    # Under its own name only when it is whole.
+    part = folder / "measured.part"
+    found.save(part)
+    part.replace(folder / "measured")
+    return found
+
+
+def run_grid(
+    cells: Sequence[Cell], settings: Settings, folder: Path, *, progress: bool = True
+) -> dict[Cell, Measured]:
+    """Train and measure cells in order; a run that was killed goes on where it was."""
+    tasks = {name: settings.task(name) for name in dict.fromkeys(cell.task for cell in cells)}
+    bar = tqdm(cells, desc="cells", delay=2, disable=not progress, leave=False)
+    return {cell: run_cell(cell, settings, folder, tasks[cell.task], progress=progress) for cell in bar}
+
+
+def finished(cells: Sequence[Cell], settings: Settings, folder: Path) -> dict[Cell, Measured]:
+    """What is measured already, nothing else.
+
+    Raises:
+        ValueError: If nothing is.
+    """
+    done = [cell for cell in cells if (folder / cell.name / "measured").exists()]
+    if not done:
+        raise ValueError(f"{folder} holds no measured cell of this grid: run it first")
+    for cell in done:
+        _require_same(
+            folder / cell.name / "settings.json", {"cell": asdict(cell), "settings": asdict(settings)}
+        )
+    return {cell: Measured.load(folder / cell.name / "measured") for cell in done}
+
+
+def _require_same(path: Path, now: dict[str, Any]) -> None:
+    text = json.dumps(now, indent=1)
+    if not path.exists():
+        path.write_text(text)
+        return
+    before, now = json.loads(path.read_text()), json.loads(text)
+    if before != now:
+        other = [
+            f"{key} was {value}, now {now.get(part, {}).get(key)}"
+            for part, values in before.items()
+            for key, value in values.items()
+            if now.get(part, {}).get(key) != value
+        ]
+        raise ValueError(
+            f"{path.parent} holds this cell under other settings ({'; '.join(other) or 'fields were added'}): "
+            "choose another work folder, or delete this one"
+        )
+
+
+@contextmanager
+def _deterministic(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

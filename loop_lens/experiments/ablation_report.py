@@ -1,0 +1,388 @@
+"""The ablation's report: markdown, figures and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from loop_lens.experiments.ablation import TRAINED, Cell, Settings
+from loop_lens.experiments.ablation_measures import Measured
+from loop_lens.experiments.ablation_verdicts import (
+    LOST,
+    STABLE,
+    Verdict,
+    beyond_training,
+    matches,
+    self_organisation,
+    stability,
+    summaries,
+)
+from loop_lens.experiments.random_models import NORMS
+from loop_lens.figures import new_figure
+
+_COLORS = {"linear": "C0", "none": "C1"}
+_STYLES = ("-", "--", ":", "-.")
+
+
+def write_report(
+    found: Mapping[Cell, Measured],
+    settings: Settings,
+    out: Path,
+    *,
+    missing: Sequence[Cell] = (),
+    options: str = "",
+) -> list[Path]:
+    """Write ``out.md``, and the figures and tables that it names beside it.
+
+    Args:
+        found: What was measured.
+        settings: How.
+        out: Where, without an ending.
+        missing: Cells of the grid that were not measured.
+        options: Of the command, for the report.
+
+    Returns:
+        The files.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+
+    def beside(name: str, write: Callable[[Path], Any]) -> None:
+        path = out.with_name(f"{out.name}_{name}")
+        write(path)
+        written.append(path)
+
+    tables = dict(_tables(found, settings))
+    for name, table in tables.items():
+        if not table.empty:
+            beside(
+                f"{name}.csv", lambda path, table=table: table.to_csv(path, index=False, float_format="%.5g")
+            )
+    for name, figure in _figures(found):
+        beside(f"{name}.png", lambda path, figure=figure: figure.savefig(path, dpi=90))
+    page = out.with_name(f"{out.name}.md")
+    page.write_text(_page(found, settings, out.name, tables, missing, options))
+    return [page, *written]
+
+
+def _tables(found: Mapping[Cell, Measured], settings: Settings) -> Iterator[tuple[str, pd.DataFrame]]:
+    yield "dynamics", summaries(found)
+    yield "recurrences", _stacked(found, lambda measured: measured.to_dataframe())
+    yield (
+        "training",
+        _stacked(found, lambda measured: measured.training()[["step", "loss", "accuracy", "grad_norm"]]),
+    )
+    yield "convergence", _stacked(found, _convergence)
+    yield "stages", _stacked(found, _stages)
+    yield "organisation", self_organisation(found)[0]
+    yield "matches", matches(found, settings.window)[0]
+    yield "extrapolation", beyond_training(found)[0]
+
+
+def _stacked(found: Mapping[Cell, Measured], table: Callable[[Measured], pd.DataFrame]) -> pd.DataFrame:
+    parts: list[pd.DataFrame] = []
+    for cell, measured in found.items():
+        part = table(measured)
+        part.insert(0, "cell", cell.name)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def _convergence(measured: Measured) -> pd.DataFrame:
+    parts: list[pd.DataFrame] = []
+    for state, moves in measured.moves.items():
+        part = moves.to_dataframe()
+        n = len(moves.iterations)
+        part = part[part["iteration"].isin({0, 1, 2, 3, 7, 15, 31, n - 1})]
+        columns = [
+            "iteration",
+            "layer",
+            "norm",
+            "relative_step",
+            "relative_distance",
+            "cosine",
+            "degeneracy_cosine",
+        ]
+        part = part[columns].copy()
+        part.insert(0, "state", state)
+        parts.append(part)
+    return pd.concat(parts) if parts else pd.DataFrame()
+
+
+def _stages(measured: Measured) -> pd.DataFrame:
+    columns = [
+        "segment",
+        "iteration",
+        "layer",
+        "percent",
+        "concentration",
+        "sink_rate",
+        "mixing",
+        "entropy",
+        "norm",
+    ]
+    parts: list[pd.DataFrame] = []
+    for state, found in measured.firings.items():
+        part = found.to_dataframe()[columns].copy()
+        part.insert(0, "state", state)
+        parts.append(part)
+    return pd.concat(parts)
+
+
+def _figures(found: Mapping[Cell, Measured]) -> Iterator[tuple[str, Any]]:
+    yield "recurrences", _against_recurrences(found)
+    yield "convergence", _over_iterations(found)
+    yield "training", _training(found)
+    if any(cell.task == "text" and cell.norm == "pre" for cell in found):
+        yield "stages", _over_depth(found)
+
+
+def _rows(found: Mapping[Cell, Measured]) -> tuple[list[str], list[str]]:
+    tasks = list(dict.fromkeys(cell.task for cell in found))
+    return tasks, [norm for norm in NORMS if any(cell.norm == norm for cell in found)]
+
+
+def _main(
+    found: Mapping[Cell, Measured], task: str, norm: str
+) -> Iterator[tuple[Cell, Measured, dict[str, Any]]]:
+    """The looped models of a panel, with how their lines look: colour by injection, dashes by block size."""
+    first = min(cell.seed for cell in found)
+    cores = sorted({cell.core for cell in found if cell.looped}, reverse=True)
+    for cell, measured in found.items():
+        if cell.looped and cell.outer and (cell.task, cell.norm, cell.seed) == (task, norm, first):
+            style = _STYLES[cores.index(cell.core) % len(_STYLES)]
+            label = f"{'injection' if cell.injection == 'linear' else 'none'}, core {cell.core}"
+            yield cell, measured, {"color": _COLORS[cell.injection], "linestyle": style, "label": label}
+
+
+def _against_recurrences(found: Mapping[Cell, Measured]) -> Any:
+    tasks, norms = _rows(found)
+    figure, panels = _panels(2 * len(tasks), len(norms), sharex=True)
+    for i, task in enumerate(tasks):
+        for k, norm in enumerate(norms):
+            for j, metric in enumerate(("accuracy", "loss")):
+                axes = panels[2 * i + j][k]
+                for _, measured, look in _main(found, task, norm):
+                    axes.plot(measured.said["recurrences"], measured.said[metric], linewidth=1.2, **look)
+                axes.axvline(TRAINED, color="0.7", linewidth=0.8, linestyle=":")
+                axes.set_xscale("log", base=2)
+                axes.set(title=f"{task}, {norm}" if j == 0 else "", ylabel=f"test {metric}" if k == 0 else "")
+    for axes in panels[-1]:
+        axes.set_xlabel("iterations")
+    _share_y(panels)
+    _legend(panels[0])
+    return figure
+
+
+def _over_iterations(found: Mapping[Cell, Measured]) -> Any:
+    tasks, norms = _rows(found)
+    states = ("initial", "trained")
+    figure, panels = _panels(2 * len(tasks), len(norms), sharex=True)
+    for i, task in enumerate(tasks):
+        for k, norm in enumerate(norms):
+            for j, state in enumerate(states):
+                axes = panels[2 * i + j][k]
+                for _, measured, look in _main(found, task, norm):
+                    if state in measured.moves:
+                        values = measured.moves[state].mean("relative_distance").amax(1).clamp_min(1e-8)
+                        axes.plot(range(1, len(values) + 1), values, linewidth=1.2, **look)
+                axes.set_yscale("log")
+                axes.set(title=f"{task}, {norm}, {state}", ylabel="distance / norm" if k == 0 else "")
+    for axes in panels[-1]:
+        axes.set_xlabel("iterations")
+    _share_y(panels)
+    _legend(panels[0])
+    return figure
+
+
+def _training(found: Mapping[Cell, Measured]) -> Any:
+    tasks, norms = _rows(found)
+    figure, panels = _panels(len(tasks), len(norms))
+    for i, task in enumerate(tasks):
+        references = [m for cell, m in found.items() if cell.task == task and not cell.looped]
+        for k, norm in enumerate(norms):
+            axes = panels[i][k]
+            for _, measured, look in _main(found, task, norm):
+                axes.plot(measured.log["step"], measured.log["loss"], linewidth=1.0, **look)
+            for measured in references[:1]:
+                axes.plot(
+                    measured.log["step"],
+                    measured.log["loss"],
+                    linewidth=1.0,
+                    color="black",
+                    label="feed-forward",
+                )
+            axes.set(title=f"{task}, {norm}", xlabel="step", ylabel="training loss" if k == 0 else "")
+    _share_y(panels)
+    _legend(panels[-1])
+    return figure
+
+
+def _over_depth(found: Mapping[Cell, Measured]) -> Any:
+    """Mixing of the largest pre-norm models of text by recurrence, before training and after."""
+    most = max(cell.core for cell in found if cell.looped)
+    first = min(cell.seed for cell in found)
+    chosen = [
+        (cell, measured)
+        for cell, measured in found.items()
+        if cell.looped and (cell.task, cell.norm, cell.core, cell.seed) == ("text", "pre", most, first)
+    ]
+    references = [m for cell, m in found.items() if not cell.looped]
+    metrics = ("concentration", "mixing", "sink_rate")
+    figure, panels = _panels(len(chosen), len(metrics), sharex=True)
+    for i, (cell, measured) in enumerate(chosen):
+        for k, metric in enumerate(metrics):
+            axes = panels[i][k]
+            for curve in measured.firings["initial"].curves(metric, by="recurrence"):
+                axes.plot(curve.at, curve.mean, ".:", color="0.7", markersize=3, linewidth=0.8)
+            for curve in measured.firings["trained"].curves(metric, by="recurrence"):
+                loop = curve.recurrence is not None
+                color = f"C{curve.recurrence}" if loop else "0.4"
+                axes.plot(
+                    curve.at, curve.mean, "o-", color=color, markersize=3, label=curve.label if loop else None
+                )
+            for reference in references:
+                for curve in reference.firings["trained"].curves(metric, by="recurrence"):
+                    axes.plot(curve.at, curve.mean, "--", color="black", linewidth=1.0, label="feed-forward")
+            axes.set(
+                title=f"{cell.shape}, {cell.injection}" if k == 0 else "", ylabel=metric.replace("_", " ")
+            )
+    for axes in panels[-1]:
+        axes.set_xlabel("% of depth")
+    _legend(panels[0][:1])
+    return figure
+
+
+def _panels(rows: int, columns: int, **options: Any) -> Any:
+    return new_figure(3.0 * columns, 2.2 * rows, rows, columns, squeeze=False, **options)
+
+
+def _share_y(panels: Any) -> None:
+    for row in panels:
+        low = min(axes.get_ylim()[0] for axes in row)
+        high = max(axes.get_ylim()[1] for axes in row)
+        for axes in row:
+            axes.set_ylim(low, high)
+
+
+def _legend(row: Any) -> None:
+    for axes in row:
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=6)
+
+
+def _page(
+    found: Mapping[Cell, Measured],
+    settings: Settings,
+    name: str,
+    tables: Mapping[str, pd.DataFrame],
+    missing: Sequence[Cell],
+    options: str,
+) -> str:
+    synthetic = next((cell.task for cell in found if cell.task != "text"), "no synthetic task")
+    seconds = sum(float(measured.log["seconds"][-1]) for measured in found.values())
+    how = settings.measuring
+    verdicts: list[Verdict] = []
+    for state in ("initial", "trained"):
+        verdicts += stability(tables["dynamics"], state)
+    verdicts += self_organisation(found)[1] + matches(found, settings.window)[1]
+    lines = [
+        "# Injection, norm placement and block size in small looped models",
+        "",
+        f"    python -m loop_lens.experiments ablation{options}",
+        "",
+        f"{len(found)} models were trained and measured here, d_model {settings.width}, 4 heads, gated MLP of "
+        f"{settings.mlp}, {TRAINED} iterations in training, on {synthetic} (modulo or of {settings.symbols}, level "
+        f"{settings.level}; {settings.steps} steps of {settings.batch} sequences) and on text (Python's own "
+        f"documentation, {settings.vocabulary} tokens, windows of {settings.window}; {settings.text_steps} steps of "
+        f"{settings.text_batch}), AdamW at {settings.lr:g}, in {seconds / 60:.0f} minutes of training. The text "
+        "seen is a small part of one epoch: these are barely trained language models. Seeds are in the names "
+        "(`s0`); each model is one seed unless two are named.",
+        "",
+        "`pre`: pre-norm. `huginn`: the stream is normed after each branch. `ouro`: norms around each branch, and "
+        "after each iteration. `injection`: each iteration starts from W [state; prelude output], the loop from "
+        "noise; `none`: the loop starts from the prelude's output. Shapes are (prelude, core x iterations, coda).",
+    ]
+    if missing:
+        lines += ["", f"Not measured: {', '.join(cell.name for cell in missing)}."]
+    lines += [
+        "",
+        "## What the paper says of random and small models (arXiv 2604.11791)",
+        "",
+        f"Stable: after {how.iterations} iterations the cosine to the state after {how.reference}, mean over test "
+        f"tokens, is at least {STABLE} at every layer (1 - tau of the paper's Algorithm 1). A claim holds if all "
+        "models agree, does not if fewer than half do, and cannot be told at this size in between. The paper makes "
+        "the first seven claims of models with random weights; here they are tested before training and after.",
+        "",
+        _markdown(pd.DataFrame([vars(v) for v in verdicts])),
+        "",
+        "## Beyond the trained iterations",
+        "",
+        f"Not in the paper. Accuracy lasts if at most {LOST} is lost.",
+        "",
+        _markdown(pd.DataFrame([vars(v) for v in beyond_training(found)[1]])),
+        "",
+        f"![Accuracy and loss against iterations]({name}_recurrences.png)",
+        "",
+        _markdown(tables["extrapolation"].drop(columns=["injection", "norm"])),
+        "",
+        "## Dynamics",
+        "",
+        f"At iteration {how.iterations}, at the layer that is worst: distance to iteration {how.reference} over the "
+        "norm, cosine to it, growth of the norm since half as many iterations, degeneracy (least cosine of layer 0 "
+        "to any layer's reference), and the spectral radius of the iteration's Jacobian.",
+        "",
+        _markdown(
+            tables["dynamics"][
+                [
+                    "cell",
+                    "state",
+                    "relative_distance",
+                    "cosine",
+                    "growth",
+                    "degeneracy",
+                    "relative_step",
+                    "radius",
+                ]
+            ]
+        ),
+        "",
+        f"![Distance to iteration {how.reference}]({name}_convergence.png)",
+        "",
+        "## Stages on text",
+        "",
+    ]
+    if not tables["organisation"].empty:
+        lines += [_markdown(tables["organisation"]), "", f"![Stages by recurrence]({name}_stages.png)", ""]
+    if not tables["matches"].empty:
+        lines += [
+            "Distance of the curves of concentration, sink rate and mixing score (over log T) over % of depth to "
+            "those of the feed-forward references, root mean square, mean over recurrences:",
+            "",
+            _markdown(tables["matches"]),
+            "",
+        ]
+    ending = [f"`{name}_{table}.csv`" for table, values in tables.items() if not values.empty]
+    lines += [
+        "## Training",
+        "",
+        f"![Training loss]({name}_training.png)",
+        "",
+        f"Tables: {', '.join(ending)}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    """A table in markdown, numbers to three digits."""
+
+    def cell(value: Any) -> str:
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    lines = [f"| {' | '.join(map(str, table.columns))} |", "|" + " --- |" * len(table.columns)]
+    lines += [f"| {' | '.join(map(cell, row))} |" for row in table.itertuples(index=False)]
+    return "\n".join(lines)

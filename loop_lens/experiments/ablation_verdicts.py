@@ -1,0 +1,292 @@
+"""Whether what the paper says of small models holds for those of the ablation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from loop_lens.experiments.ablation import Cell
+from loop_lens.experiments.ablation_measures import Measured
+from loop_lens.stages import Stages, stage_agreement
+
+HOLDS, FAILS, UNTOLD = "holds", "does not hold", "cannot be told at this size"
+STABLE = 0.95
+"""Cosine to the reference from which a loop counts as stable; 1 - tau of the paper's Algorithm 1."""
+MIXING = ("concentration", "mixing", "sink_rate")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one claim.
+
+    Attributes:
+        claim: The claim.
+        where: The models that it was tested on.
+        verdict: ``"holds"``, ``"does not hold"`` or ``"cannot be told at this size"``.
+        numbers: What was measured.
+    """
+
+    claim: str
+    where: str
+    verdict: str
+    numbers: str
+
+
+def decide(agree: Sequence[bool]) -> str:
+    """A claim holds if all models agree, and does not if fewer than half do; between, one seed cannot tell."""
+    if not agree:
+        return UNTOLD
+    if all(agree):
+        return HOLDS
+    return FAILS if 2 * sum(agree) < len(agree) else UNTOLD
+
+
+def summaries(found: Mapping[Cell, Measured]) -> pd.DataFrame:
+    """One row per looped model and state: the cell, and `Measured.summary`."""
+    rows = [
+        {
+            "cell": cell.name,
+            "task": cell.task,
+            "norm": cell.norm,
+            "injection": cell.injection,
+            "core": cell.core,
+            "outer": cell.outer,
+            "seed": cell.seed,
+            **measured.summary(state),
+        }
+        for cell, measured in found.items()
+        if cell.looped
+        for state in ("initial", "trained")
+    ]
+    return pd.DataFrame(rows)
+
+
+def stability(table: pd.DataFrame, state: str) -> list[Verdict]:
+    """The claims on fixed points, for models before or after training.
+
+    Args:
+        table: As of `summaries`; models with a prelude and a coda are looked at.
+        state: ``"initial"`` or ``"trained"``.
+    """
+    table = table[(table["state"] == state) & (table["outer"] > 0)]
+
+    def claim(text: str, injection: str, norms: Sequence[str], column: str, above: bool) -> Verdict:
+        rows = table[(table["injection"] == injection) & table["norm"].isin(norms)]
+        values = rows[column].to_numpy(dtype=float)
+        # A diverged model has no cosine: NaN is not stable.
+        agree = [(value >= STABLE) == above for value in values]
+        named = {"cosine": "cosine to the reference", "degeneracy": "degeneracy cosine"}[column]
+        return Verdict(
+            text, f"{state} models", decide(agree), f"{sum(agree)} of {len(agree)}; {named} {_span(values)}"
+        )
+
+    return [
+        claim("injection gives a stable fixed point with pre-norm", "linear", ["pre"], "cosine", True),
+        claim(
+            "injection gives a stable fixed point with Huginn's norm", "linear", ["huginn"], "cosine", True
+        ),
+        claim("injection gives no stable fixed point with Ouro's norm", "linear", ["ouro"], "cosine", False),
+        claim("without injection pre-norm is stable", "none", ["pre"], "cosine", True),
+        claim("... and degenerate: all layers at one point", "none", ["pre"], "degeneracy", True),
+        claim("without injection Huginn's norm is not stable", "none", ["huginn"], "cosine", False),
+        claim("without injection Ouro's norm is not stable", "none", ["ouro"], "cosine", False),
+    ]
+
+
+def layer_spread(found: Stages, metric: str) -> float:
+    """How far the loop's layers are apart in a metric, within one recurrence; the mean over recurrences."""
+    mean = found.mean(metric)
+    loop = {t for _, t, _, _ in found.firings if t is not None}
+    ranges = [
+        float(np.ptp([float(mean[i]) for i, (_, t, _, _) in enumerate(found.firings) if t == each]))
+        for each in loop
+    ]
+    return sum(ranges) / len(ranges)
+
+
+def repetition(found: Stages, metric: str = "mixing") -> float:
+    """Correlation of the heads' profile [layer head] in one recurrence with that in the next; the mean."""
+    if found.heads is None:
+        raise ValueError("these stages are without attention: measure with patterns=True")
+    mean = found.heads.mean(metric)
+    loop = sorted({t for _, t, _, _ in found.firings if t is not None})  # pyright: ignore[reportArgumentType]
+    profiles = [mean[[i for i, f in enumerate(found.firings) if f[1] == t]].flatten().numpy() for t in loop]
+    pairs = pairwise(profiles)
+    return float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in pairs]))
+
+
+def self_organisation(found: Mapping[Cell, Measured]) -> tuple[pd.DataFrame, list[Verdict]]:
+    """Whether training sets the layers of the loop apart, the same way in every recurrence.
+
+    Returns:
+        One row per pre-norm model of text: spread of its layers in the mixing score (nats) and in the
+        concentration, before and after training, and how alike successive recurrences are; and the verdicts.
+    """
+    rows = [
+        {
+            "cell": cell.name,
+            "core": cell.core,
+            "outer": cell.outer,
+            "injection": cell.injection,
+            "seed": cell.seed,
+            **{
+                f"{metric}_{state}": layer_spread(measured.firings[state], metric)
+                for metric, state in product(("mixing", "concentration"), ("initial", "trained"))
+            },
+            "repetition": repetition(measured.firings["trained"]),
+        }
+        for cell, measured in found.items()
+        if cell.looped and cell.task == "text" and cell.norm == "pre"
+    ]
+    table = pd.DataFrame(rows)
+    if table.empty:
+        return table, []
+    apart = [row["mixing_trained"] >= APART and row["repetition"] >= ALIKE for row in rows]
+    numbers = (
+        f"{sum(apart)} of {len(apart)}; layers of one recurrence differ by {_span(table['mixing_trained'])} nats "
+        f"of attention entropy ({_span(table['mixing_initial'])} before training), successive recurrences "
+        f"correlate {_span(table['repetition'])}"
+    )
+    most = max(cell.core for cell in found if cell.looped)
+    return table, [
+        Verdict(
+            "mixing stages organise themselves: layers differ, and repeat it",
+            "text, pre-norm",
+            decide(apart),
+            numbers,
+        ),
+        Verdict(
+            "there are several such stages in a recurrence",
+            "text, pre-norm",
+            UNTOLD,
+            f"blocks of at most {most} layers leave no room for several; the paper's have 4, 8 and 12",
+        ),
+    ]
+
+
+APART, ALIKE = 0.5, 0.9
+
+
+def matches(found: Mapping[Cell, Measured], length: int) -> tuple[pd.DataFrame, list[Verdict]]:
+    """How near the pre-norm models' recurrences are to the feed-forward references in mixing.
+
+    Args:
+        found: What was measured.
+        length: Tokens of a prompt.
+
+    Returns:
+        One row per looped model and reference: ``distance``, the root mean square difference of the curves over
+        % of depth, mean over recurrences and over concentration, sink rate and mixing score (over log T), all
+        from 0 to 1; and the verdict.
+    """
+    references = {cell.seed: measured for cell, measured in found.items() if not cell.looped}
+    rows = [
+        {
+            "cell": cell.name,
+            "core": cell.core,
+            "variant": _variant(cell),
+            "seed": cell.seed,
+            "reference": seed,
+            **distance_to(measured.firings["trained"], reference.firings["trained"], length),
+        }
+        for cell, measured in found.items()
+        if cell.looped and cell.task == "text" and cell.norm == "pre"
+        for seed, reference in references.items()
+    ]
+    table = pd.DataFrame(rows)
+    if table.empty:
+        return table, []
+    best: list[bool] = []
+    parts: list[str] = []
+    for (core, seed, reference), group in table.groupby(["core", "seed", "reference"]):
+        if len(group) < 3:
+            continue
+        order = group.sort_values("distance")
+        best.append(order.iloc[0]["variant"] == PLAIN)
+        parts.append(f"core {core}, seed {seed}, reference {reference}: {order.iloc[0]['variant']}")
+    numbers = f"nearest in {sum(best)} of {len(best)} comparisons ({'; '.join(parts)})"
+    claim = "the best match to feed-forward is with prelude and coda and without injection"
+    return table, [Verdict(claim, "text, pre-norm", decide(best), numbers)]
+
+
+PLAIN = "prelude and coda"
+
+
+def _variant(cell: Cell) -> str:
+    if not cell.outer:
+        return "no prelude and coda"
+    return PLAIN if cell.injection == "none" else "prelude and coda, injection"
+
+
+def distance_to(looped: Stages, reference: Stages, length: float) -> dict[str, float]:
+    """Root mean square differences of a looped model's recurrences to a feed-forward model, and their mean.
+
+    Args:
+        looped: Stages of a looped model.
+        reference: Stages of a feed-forward model.
+        length: Tokens of a prompt, whose logarithm is the largest mixing score.
+    """
+    found = stage_agreement(looped, reference, metrics=MIXING)
+    unit = {"mixing": math.log(length)}
+    parts = {
+        metric: float(values.mean()) / unit.get(metric, 1.0)
+        for metric, values in zip(found.metrics, found.rmse, strict=True)
+    }
+    return {**parts, "distance": sum(parts.values()) / len(parts)}
+
+
+def beyond_training(found: Mapping[Cell, Measured]) -> tuple[pd.DataFrame, list[Verdict]]:
+    """Whether what was learnt lasts beyond the trained number of iterations.
+
+    Returns:
+        One row per looped model: loss and accuracy at the trained number, at twice and at the most measured,
+        and the number with the best loss; and the verdicts, which are on no claim of the paper.
+    """
+    rows: list[dict[str, Any]] = []
+    for cell, measured in found.items():
+        if not cell.looped:
+            continue
+        said = measured.to_dataframe().set_index("recurrences")
+        row: dict[str, Any] = {"cell": cell.name, "injection": cell.injection, "norm": cell.norm}
+        for name, r in (
+            ("one", 1),
+            ("trained", cell.recurrences),
+            ("twice", 2 * cell.recurrences),
+            ("most", said.index.max()),
+        ):
+            row |= {f"loss_{name}": said["loss"][r], f"accuracy_{name}": said["accuracy"][r]}
+        rows.append(row | {"best": int(said["loss"].idxmin())})
+    table = pd.DataFrame(rows)
+    verdicts: list[Verdict] = []
+    for (name, text), injection in product((("twice", "twice"), ("most", "eight times")), ("linear", "none")):
+        some = table[table["injection"] == injection]
+        lost = some["accuracy_trained"] - some[f"accuracy_{name}"]
+        kept = [bool(value <= LOST) for value in lost]
+        with_injection = "with injection" if injection == "linear" else "without injection"
+        numbers = f"{sum(kept)} of {len(kept)}; accuracy lost {_span(lost)}"
+        verdicts.append(
+            Verdict(
+                f"accuracy lasts at {text} the trained iterations",
+                f"trained models {with_injection}",
+                decide(kept),
+                numbers,
+            )
+        )
+    return table, verdicts
+
+
+LOST = 0.02
+
+
+def _span(values: Sequence[float] | pd.Series | np.ndarray) -> str:
+    known = [float(value) for value in values if not math.isnan(value)]
+    if not known:
+        return "none"
+    low, high = f"{min(known):.3g}", f"{max(known):.3g}"
+    return low if low == high else f"{low} to {high}"

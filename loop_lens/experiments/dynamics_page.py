@@ -1,0 +1,77 @@
+"""The page of one model's dynamics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from loop_lens.experiments.dynamics_run import Dynamics, summary
+from loop_lens.experiments.page import how_it_was_made, markdown_table, save_csv, save_figure, save_tables
+
+_FIGURES = {
+    "relative_step": "Step of each iteration relative to the norm, a line per layer, a spread over prompts around it.",
+    "cosine": "Cosine of each layer to its state at the reference (M5).",
+    "pattern_step": "Frobenius norm of the change of attention per iteration, mean over heads (M3).",
+    "settling": "Mean total variation of each head's attention per iteration; red: where it settles (0.01).",
+    "pairs_attention": "Frobenius distance of attention between every two firings (M7); lines: where an iteration or "
+    "a segment begins.",
+    "pairs_residual": "Cosine of the stream between every two firings (M8).",
+    "trajectories": "States of the last token of the first prompt, in two principal components of all states, by "
+    "quartile of the iterations.",
+    "extrapolation": "Loss and accuracy on the next token, and the divergence from the model at its own number of "
+    "iterations, against the number of iterations.",
+}
+
+
+def write_dynamics(found: Dynamics, *, out: Path, name: str, about: str, command: str) -> Path:
+    """Write a model's tables and figures into a folder, and the page beside it.
+
+    Args:
+        found: What was measured.
+        out: The folder; the page is ``out.md``.
+        name: The model's name.
+        about: What ran: prompts, iterations, reference.
+        command: The command that was given.
+
+    Returns:
+        The page.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    save_tables(found.parts, out)
+    table = summary(found)
+    save_csv(table, out / "layers.csv")
+    said = found.extrapolation.to_dataframe()
+    said = said[[c for c in said.columns if not c.endswith(("_std", "_prompts")) and "step" not in c]]
+    save_csv(said, out / "extrapolation.csv")
+    spectrum = found.spectrum.to_dataframe().drop(columns="position", errors="ignore")
+    for label, figure in _figures(found).items():
+        save_figure(figure, out / f"{label}.png", dpi=90)
+    parts = [
+        f"# Dynamics of {name}",
+        how_it_was_made(command),
+        about,
+        "## By layer\n\nAt the last iteration; shares are of tokens (Algorithm 1, cosine to the last state).",
+        markdown_table(table),
+        "## Jacobian of an iteration\n\nSpectral radius and leading singular value, first prompt, 16 tokens.",
+        markdown_table(spectrum),
+        "## Against the number of iterations",
+        markdown_table(said),
+        "## Figures",
+        *(f"![{label}]({out.name}/{label}.png)\n\n*{text}*" for label, text in _FIGURES.items()),
+    ]
+    page = out.with_suffix(".md")
+    page.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
+    return page
+
+
+def _figures(found: Dynamics) -> dict[str, Any]:
+    return {
+        "relative_step": found.convergence.plot("relative_step"),
+        "cosine": found.convergence.plot("cosine"),
+        "pattern_step": found.convergence.plot("pattern_step"),
+        "settling": found.settling.plot(),
+        "pairs_attention": found.pairs.plot("frobenius"),
+        "pairs_residual": found.pairs.plot("cosine"),
+        "trajectories": found.trajectories.plot(),
+        "extrapolation": found.extrapolation.plot(),
+    }

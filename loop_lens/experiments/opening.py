@@ -1,0 +1,137 @@
+"""Models and prompts as the command line names them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources import boot_transformers
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+from loop_lens.bridge import HookedLoopedTransformer
+from loop_lens.data.text import standard_library_documents
+from loop_lens.opening import boot, loopify
+from loop_lens.smollm2 import load_smollm2
+from loop_lens.streaming import prompts_of
+
+SMOLLM2 = "smollm2"
+STDLIB = "stdlib"
+_LOOPED = re.compile(r"smollm2:(\d+)-(\d+)x(\d+)")
+_TABLES = {
+    ".csv": pd.read_csv,
+    ".jsonl": lambda path: pd.read_json(path, lines=True),
+    ".parquet": pd.read_parquet,
+}
+
+
+def open_looped(name: str, *, recurrences: int | None = None) -> HookedLoopedTransformer:
+    """Open a looped model.
+
+    Args:
+        name: ``loop-lens/NAME``, a hub id or a folder, as for `loop_lens.boot`; or ``smollm2:10-19x3``,
+            SmolLM2-135M with layers 10 to 19 run three times.
+        recurrences: Number of iterations; the model's own by default.
+
+    Raises:
+        ValueError: If the model does not loop, or loops fewer than two times.
+        FileNotFoundError: If there is no such model.
+    """
+    if name.startswith(SMOLLM2):
+        found = _LOOPED.fullmatch(name)
+        if found is None:
+            raise ValueError(
+                f"{name!r} names no loop: write e.g. smollm2:10-19x3 for layers 10 to 19, three times"
+            )
+        first, last, times = map(int, found.groups())
+        net, tokenizer = load_smollm2()
+        model = loopify(
+            net,
+            layers=range(first, last + 1),
+            times=recurrences or times,
+            tokenizer=tokenizer,
+            model_name="SmolLM2-135M",
+        )
+    else:
+        model = boot(name, recurrences=recurrences)
+    if model.recurrences < 2:
+        raise ValueError(f"{name} runs its loop {model.recurrences} time: ask for two iterations or more")
+    return model
+
+
+def open_any(name: str) -> TransformerBridge:
+    """Open a looped model, or a feed-forward one: ``smollm2``, or what transformer-lens can boot."""
+    if name == SMOLLM2:
+        net, tokenizer = load_smollm2(attn_implementation="eager")
+        return build_bridge_from_module(net, type(net).__name__, hf_config=net.config, tokenizer=tokenizer)
+    if name.startswith(f"{SMOLLM2}:"):
+        return open_looped(name)
+    try:
+        return boot(name)
+    except ValueError:  # no family of loops
+        return boot_transformers(name)
+
+
+def read_prompts(
+    model: TransformerBridge, source: str, *, count: int = 32, length: int = 64, column: str = "text"
+) -> list[Tensor]:
+    """Prompts from a source, cut to a length.
+
+    Args:
+        model: For its tokenizer.
+        source: ``stdlib``, the documentation of the running Python; a text file, whose paragraphs are prompts;
+            a csv, jsonl or parquet file; a folder that ``datasets`` saved; or a data set's hub id, perhaps with
+            its split, ``NAME:test``.
+        count: At most so many. Prompts of at least the length come first.
+        length: Tokens of each, at most.
+        column: Where the text is, in a table.
+
+    Raises:
+        ValueError: If there are none, or the column does not exist.
+        FileNotFoundError: If there is no such file.
+    """
+    if count < 1 or length < 2:
+        raise ValueError(f"{count} prompts of {length} tokens are too few: ask for one of two tokens or more")
+    rows = _rows(source, column)
+    long: list[Tensor] = []
+    short: list[Tensor] = []
+    for tokens in prompts_of(model, rows):
+        (long if len(tokens) >= length else short).append(tokens[:length])
+        if len(long) == count:
+            break
+    found = [tokens for tokens in (long + short)[:count] if len(tokens) > 1]
+    if not found:
+        raise ValueError(f"{source} has no prompts of two tokens or more")
+    return found
+
+
+def _rows(source: str, column: str) -> Any:
+    if source == STDLIB:
+        return standard_library_documents()
+    path = Path(source)
+    if path.suffix in _TABLES and path.is_file():
+        table = _TABLES[path.suffix](path)
+        return _column(table, list(table.columns), column, source)
+    if path.is_file():
+        return [
+            " ".join(text.split()) for text in re.split(r"\n\s*\n", path.read_text("utf-8")) if text.strip()
+        ]
+    if path.suffix in {*_TABLES, ".txt", ".md"}:
+        raise FileNotFoundError(f"there is no file {source}")
+    import datasets  # seconds to import
+
+    if path.is_dir():
+        data = datasets.load_from_disk(source)
+    else:
+        name, _, split = source.partition(":")
+        data = datasets.load_dataset(name, split=split or "test")
+    return _column(data, list(data.column_names), column, source)
+
+
+def _column(table: Any, columns: list[str], column: str, source: str) -> Any:
+    if column in columns:
+        return list(table[column])
+    raise ValueError(f"{source} has no column {column!r}: it has {', '.join(map(str, columns))}")

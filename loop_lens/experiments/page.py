@@ -1,0 +1,74 @@
+"""Markdown pages that say what was run, with which versions."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from loop_lens.results import Result
+
+_PACKAGES = ("loop-lens", "torch", "transformers", "transformer-lens")
+
+
+def versions() -> str:
+    """The versions that decide the numbers, in one line."""
+    found = [f"Python {platform.python_version()}"]
+    for package in _PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def markdown_table(table: pd.DataFrame, digits: int = 3) -> str:
+    """A table in markdown, numbers rounded to significant digits."""
+    lines = [_row(map(str, table.columns)), _row("---" for _ in table.columns)]
+    lines += [_row(_cell(value, digits) for value in row) for row in table.itertuples(index=False)]
+    return "\n".join(lines)
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cell(value: Any, digits: int) -> str:
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.{digits}g}"
+    return "" if value is None or value is pd.NA else str(value).replace("|", "\\|")
+
+
+def how_it_was_made(command: str) -> str:
+    """The command and the versions, for the top of a page."""
+    return f"```bash\n{command}\n```\n\n{versions()}.\n"
+
+
+def save_figure(figure: Any, path: Path, *, dpi: int = 110) -> Path:
+    """Write a figure as PNG; without a date, so that the same figure is the same file."""
+    figure.savefig(path, dpi=dpi, metadata={"Software": None})
+    return path
+
+
+def save_csv(table: pd.DataFrame, path: Path) -> Path:
+    """Write a table with five significant digits."""
+    table.to_csv(path, index=False, float_format="%.5g")
+    return path
+
+
+def save_tables(results: Mapping[str, Result], out: Path) -> Path:
+    """Write every result as parquet (its table) and safetensors (all of it) into ``out/tables``.
+
+    The folder is kept out of git: it can be made again, and is large.
+    """
+    folder = out / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".gitignore").write_text("*\n")
+    for name, result in results.items():
+        result.to_parquet(folder / f"{name}.parquet")
+        result.save(folder / f"{name}.safetensors")
+    return folder

@@ -1,0 +1,422 @@
+"""The ablation end to end in small, and its verdicts both ways."""
+
+import math
+from dataclasses import asdict, replace
+
+import pandas as pd
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+import loop_lens.experiments.ablation as ablation
+from loop_lens.data import AdditionTask
+from loop_lens.experiments.ablation import Cell, Settings, finished, grid, run_grid
+from loop_lens.experiments.ablation_measures import Measured, Measuring, as_feed_forward
+from loop_lens.experiments.ablation_report import write_report
+from loop_lens.experiments.ablation_verdicts import (
+    FAILS,
+    HOLDS,
+    UNTOLD,
+    beyond_training,
+    decide,
+    distance_to,
+    layer_spread,
+    matches,
+    repetition,
+    self_organisation,
+    stability,
+    summaries,
+)
+from loop_lens.experiments.commands.ablation import main
+from loop_lens.model import LoopedTransformer
+from loop_lens.moments import Moments
+from loop_lens.stages import Stages
+
+DOCUMENTS = [f"Words {i} are made of letters, and sentences of words. " * 6 for i in range(40)]
+SMALL = Settings(
+    width=16,
+    mlp=16,
+    vocabulary=270,
+    window=12,
+    steps=4,
+    text_steps=3,
+    batch=4,
+    text_batch=4,
+    warmup=1,
+    level=2,
+    measuring=Measuring(
+        recurrences=(1, 2, 4, 8),
+        tested=8,
+        text_tested=4,
+        iterations=8,
+        reference=12,
+        prompts=3,
+        krylov=4,
+        krylov_prompts=1,
+    ),
+)
+CELLS = [
+    Cell("text", core=1, recurrences=1),
+    Cell("text", core=3),
+    Cell("text", "pre", "linear", 3),
+    Cell("text", core=3, outer=0),
+    Cell("addition", "ouro", "linear", 1),
+]
+
+
+@pytest.fixture(autouse=True)
+def few_documents(monkeypatch):
+    monkeypatch.setattr("loop_lens.data.text.standard_library_documents", lambda: DOCUMENTS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cells")
+
+
+@pytest.fixture
+def found(folder):
+    return run_grid(CELLS, SMALL, folder, progress=False)
+
+
+def test_measured_models_are_the_trained_ones(found, folder):
+    cell = CELLS[-1]
+    model = LoopedTransformer.from_pretrained(folder / cell.name / "run" / "model").eval()
+    generator = torch.Generator().manual_seed(0)
+    batch = AdditionTask(modulus=5).batch(8, level=2, generator=generator, split="test")
+    kept = batch.labels != -100
+    said = found[cell].to_dataframe().set_index("recurrences")
+    for r in (1, 4, 8):
+        model.config.recurrences = r
+        with torch.no_grad():
+            logits = model(batch.input_ids).logits[kept]
+        loss = torch.nn.functional.cross_entropy(logits, batch.labels[kept])
+        accuracy = (logits.argmax(-1) == batch.labels[kept]).float().mean()
+        assert said["loss"][r] == pytest.approx(float(loss), rel=1e-4)
+        assert said["accuracy"][r] == pytest.approx(float(accuracy))
+
+
+def test_a_feed_forward_model_is_measured_once_and_without_a_loop(found):
+    measured = found[CELLS[0]]
+    assert measured.to_dataframe()["recurrences"].tolist() == [1]
+    assert measured.firings["trained"].recurrences == 0
+    assert not measured.moves
+
+
+def test_states_before_training_are_measured_too(found):
+    measured = found[CELLS[1]]
+    initial, trained = (measured.summary(state) for state in ("initial", "trained"))
+    assert initial["cosine"] != trained["cosine"]
+    assert measured.moves["initial"].reference == 12
+    assert len(measured.moves["initial"].iterations) == 8
+
+
+def test_a_second_run_trains_nothing(found, folder, monkeypatch):
+    monkeypatch.setattr(ablation, "train", lambda *a, **k: pytest.fail("trained again"))
+    again = run_grid(CELLS, SMALL, folder, progress=False)
+    for cell in CELLS:
+        pd.testing.assert_frame_equal(again[cell].to_dataframe(), found[cell].to_dataframe())
+        assert again[cell].radius == pytest.approx(found[cell].radius, nan_ok=True)
+
+
+def test_a_killed_run_goes_on_with_the_trained_model(tmp_path, monkeypatch):
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    cell = CELLS[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(ablation, "measure_cell", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_grid([cell], SMALL, tmp_path, progress=False)
+    steps: list[int] = []
+    real = ablation.train
+
+    def counted(*args, **kwargs):
+        return real(*args, **kwargs, on_step=lambda record: steps.append(record.step))
+
+    monkeypatch.setattr(ablation, "train", counted)
+    assert not (tmp_path / cell.name / "measured").exists()
+    run_grid([cell], SMALL, tmp_path, progress=False)
+    assert steps == []
+
+
+def test_other_settings_in_the_same_folder_are_refused(found, folder):
+    with pytest.raises(ValueError, match=r"other settings \(steps was 4, now 5\)"):
+        run_grid(CELLS[-1:], replace(SMALL, steps=5), folder, progress=False)
+    with pytest.raises(ValueError, match="other settings"):
+        finished(CELLS[-1:], replace(SMALL, width=32), folder)
+
+
+def test_what_is_finished_is_found_without_training(found, folder, tmp_path):
+    assert list(finished([Cell("text", core=9), *CELLS], SMALL, folder)) == CELLS
+    with pytest.raises(ValueError, match="holds no measured cell"):
+        finished(CELLS, SMALL, tmp_path)
+
+
+def test_results_come_back_from_disk(found, tmp_path):
+    measured = found[CELLS[2]]
+    measured.save(tmp_path / "m")
+    back = Measured.load(tmp_path / "m")
+    assert back.summary("trained") == pytest.approx(measured.summary("trained"))
+    pd.testing.assert_frame_equal(back.training(), measured.training())
+    pd.testing.assert_frame_equal(
+        back.firings["initial"].to_dataframe(), measured.firings["initial"].to_dataframe()
+    )
+
+
+def test_the_report_names_its_files_and_what_is_missing(found, tmp_path):
+    missing = Cell("addition", "huginn")
+    paths = write_report(found, SMALL, tmp_path / "ablation", missing=[missing], options=" --seed 0")
+    page = paths[0].read_text()
+    assert f"Not measured: {missing.name}" in page
+    assert "ablation --seed 0" in page
+    for path in paths[1:]:
+        assert path.name in page
+        assert 0 < path.stat().st_size < 150_000
+    dynamics = pd.read_csv(tmp_path / "ablation_dynamics.csv")
+    assert len(dynamics) == 8  # four looped models, before and after training
+
+
+def _app():
+    app = typer.Typer()
+    app.command()(main)
+    return app
+
+
+def test_the_command_writes_a_report_of_what_is_done(found, folder, tmp_path, monkeypatch):
+    module = "loop_lens.experiments.commands.ablation"
+    monkeypatch.setattr(f"{module}.Settings", lambda **options: replace(SMALL, **options))
+    monkeypatch.setattr(f"{module}.grid", lambda *a, **k: [*CELLS, Cell("text", "huginn", core=3)])
+    options = [
+        "--out",
+        str(tmp_path / "r"),
+        "--work",
+        str(folder),
+        "--steps",
+        "4",
+        "--text-steps",
+        "3",
+    ]
+    result = CliRunner().invoke(_app(), [*options, "--report-only"])
+    assert result.exit_code == 0, result.output
+    assert "Not measured: text-huginn-none-3-s0" in (tmp_path / "r.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task", "text"], "text is always in the grid"),
+        (["--cores", "2,x"], "invalid literal"),
+        (["--cores", "0"], "at least one core layer"),
+        (["--report-only", "--work", "nowhere"], "holds no measured cell"),
+    ],
+)
+def test_the_command_says_what_is_wrong(options, message):
+    result = CliRunner().invoke(_app(), options, terminal_width=400)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_the_grid_crosses_injection_norm_and_block_size_on_both_tasks():
+    cells = grid("composition", cores=(2, 4))
+    assert len(set(cells)) == len(cells) == 31
+    for task in ("composition", "text"):
+        crossed = [c for c in cells if c.task == task and c.looped and c.outer and c.seed == 0]
+        assert {(c.norm, c.injection, c.core) for c in crossed} == {
+            (norm, injection, core)
+            for norm in ("pre", "huginn", "ouro")
+            for injection in ("linear", "none")
+            for core in (2, 4)
+        }
+    assert len({cell.name for cell in cells}) == len(cells)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"task": "sums"}, {"task": "text", "norm": "post"}, {"task": "text", "injection": "add"}]
+)
+def test_unknown_parts_of_a_cell_are_named(wrong):
+    with pytest.raises(ValueError, match="is unknown: choose one of"):
+        Cell(**wrong)
+
+
+def test_a_looped_models_stages_are_no_feed_forward_ones(found):
+    with pytest.raises(ValueError, match="4 iterations"):
+        as_feed_forward(found[CELLS[1]].firings["trained"])
+
+
+def test_measuring_needs_a_reference_beyond():
+    with pytest.raises(ValueError, match="beyond"):
+        Measuring(iterations=64, reference=64)
+
+
+@pytest.mark.parametrize(
+    ("agree", "verdict"),
+    [
+        ([], UNTOLD),
+        ([True], HOLDS),
+        ([True, True], HOLDS),
+        ([True, False], UNTOLD),
+        ([True, False, False], FAILS),
+        ([False], FAILS),
+    ],
+)
+def test_a_claim_holds_if_all_agree(agree, verdict):
+    assert decide(agree) == verdict
+
+
+def _table(cosines, degeneracy=0.99):
+    """One model of each kind: {(injection, norm): cosine}."""
+    rows = [
+        {
+            "state": "trained",
+            "outer": 1,
+            "injection": i,
+            "norm": n,
+            "cosine": c,
+            "degeneracy": degeneracy,
+        }
+        for (i, n), c in cosines.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+AS_PAPER = {
+    ("linear", "pre"): 1.0,
+    ("linear", "huginn"): 0.96,
+    ("linear", "ouro"): 0.5,
+    ("none", "pre"): 0.99,
+    ("none", "huginn"): 0.2,
+    ("none", "ouro"): math.nan,
+}
+
+
+def test_stability_holds_where_models_are_as_the_paper_says():
+    assert [v.verdict for v in stability(_table(AS_PAPER), "trained")] == [HOLDS] * 7
+
+
+def test_stability_does_not_hold_where_models_are_the_other_way_round():
+    turned = {key: 0.1 if value >= 0.95 else 1.0 for key, value in AS_PAPER.items()}
+    assert [v.verdict for v in stability(_table(turned, degeneracy=0.3), "trained")] == [FAILS] * 7
+
+
+def test_a_state_without_models_has_no_verdict():
+    assert {v.verdict for v in stability(_table(AS_PAPER), "initial")} == {UNTOLD}
+
+
+def _stages(mixing, outside=()):
+    """Stages of one prompt and two heads from mixing scores [recurrence layer], or of layers where 1-d."""
+    values = torch.tensor(mixing, dtype=torch.float64)
+    if values.ndim == 2:
+        firings = [("loop", t, k, k) for t in range(len(values)) for k in range(values.shape[1])]
+    else:
+        firings = [("blocks", None, k, k) for k in range(len(values))]
+    flat = values.flatten()
+    metrics = ("concentration", "mixing", "sink_rate")
+    total = torch.stack([flat, flat, flat])
+    ones = torch.ones_like(total)
+    pooled = Moments(
+        {"firing": tuple(map(str, firings))}, metrics, ones, total, total**2, ones, total, total**2
+    )
+    each = torch.stack([flat, -flat], 1)[None]
+    one = torch.ones_like(each)
+    axes = {"firing": tuple(map(str, firings)), "head": (0, 1)}
+    heads = Moments(axes, ("mixing",), one, each, each**2, one, each, each**2)
+    return Stages(tuple(firings), 0.3, 0, pooled, heads)
+
+
+def test_layer_spread_is_the_mean_range_within_a_recurrence():
+    assert layer_spread(_stages([[1.0, 3.0, 2.0], [1.0, 1.0, 5.0]]), "mixing") == pytest.approx(3.0)
+
+
+def test_repetition_is_one_for_equal_profiles_and_minus_one_for_mirrored_ones():
+    assert repetition(_stages([[1.0, 2.0, 3.0]] * 3)) == pytest.approx(1.0)
+    assert repetition(_stages([[1.0, 2.0], [-1.0, -2.0]])) == pytest.approx(-1.0)
+
+
+def test_distance_to_a_feed_forward_model_is_the_mean_of_three_in_units_of_one():
+    looped = _stages([[0.5, 0.5, 0.5]] * 2)
+    found = distance_to(looped, _stages([0.5, 0.5, 0.5]), 10)
+    assert found["distance"] == pytest.approx(0.0, abs=1e-12)
+    found = distance_to(looped, _stages([0.7, 0.7, 0.7]), 10)
+    assert found["concentration"] == pytest.approx(0.2)
+    assert found["mixing"] == pytest.approx(0.2 / math.log(10))
+    assert found["distance"] == pytest.approx((0.2 + 0.2 + 0.2 / math.log(10)) / 3)
+
+
+class _Fake(Measured):
+    """What was measured, made up."""
+
+
+def _fake(trained=None, initial=None, said=None):
+    said = said or {1: (1.0, 0.5), 4: (0.5, 0.8), 8: (0.5, 0.8), 32: (0.5, 0.8)}
+    columns = {
+        "recurrences": torch.tensor([float(r) for r in said]),
+        "loss": torch.tensor([v[0] for v in said.values()]),
+        "accuracy": torch.tensor([v[1] for v in said.values()]),
+        "kl": torch.zeros(len(said)),
+    }
+    states = {"initial": initial, "trained": trained}
+    return _Fake({}, columns, {k: v for k, v in states.items() if v is not None}, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("trained", "verdict"),
+    [
+        ([[1.0, 3.0, 2.0]] * 3, HOLDS),  # layers differ, and every recurrence repeats it
+        ([[1.0, 1.1, 1.05]] * 3, FAILS),  # layers are alike
+        ([[1.0, 3.0, 2.0], [3.0, 1.0, 0.5]], FAILS),  # recurrences differ
+    ],
+)
+def test_stages_organise_themselves_if_layers_differ_in_every_recurrence_alike(trained, verdict):
+    flat = _stages([[1.0, 1.01, 1.0]] * len(trained))
+    table, verdicts = self_organisation({Cell("text", core=3): _fake(_stages(trained), flat)})
+    assert verdicts[0].verdict == verdict
+    assert verdicts[1].verdict == UNTOLD
+    assert len(table) == 1
+
+
+@pytest.mark.parametrize(("nearest", "verdict"), [("plain", HOLDS), ("injected", FAILS), ("bare", FAILS)])
+def test_the_best_match_is_the_nearest(nearest, verdict):
+    reference = [1.0, 2.0, 3.0]
+    cells = {
+        "plain": Cell("text", core=3),
+        "injected": Cell("text", "pre", "linear", 3),
+        "bare": Cell("text", core=3, outer=0),
+    }
+    found = {
+        cell: _fake(_stages([reference if name == nearest else [3.0, 5.0, 9.0]] * 2))
+        for name, cell in cells.items()
+    }
+    found[Cell("text", core=3, recurrences=1)] = _fake(_stages(reference))
+    table, verdicts = matches(found, 10)
+    assert [v.verdict for v in verdicts] == [verdict]
+    assert len(table) == 3
+
+
+def test_without_a_reference_there_is_nothing_to_match():
+    table, verdicts = matches({Cell("text", core=3): _fake(_stages([[1.0, 2.0, 3.0]] * 2))}, 10)
+    assert table.empty and not verdicts
+
+
+def test_accuracy_lasts_or_is_lost():
+    lasting = {1: (1.0, 0.5), 4: (0.5, 0.8), 8: (0.4, 0.79), 32: (0.6, 0.79)}
+    lost = {1: (1.0, 0.5), 4: (0.5, 0.8), 8: (0.9, 0.79), 32: (2.0, 0.3)}
+    table, verdicts = beyond_training(
+        {Cell("text", "pre", "linear"): _fake(said=lasting), Cell("text"): _fake(said=lost)}
+    )
+    assert [v.verdict for v in verdicts] == [HOLDS, HOLDS, HOLDS, FAILS]
+    assert table["best"].tolist() == [8, 4]
+
+
+def test_a_diverged_model_is_not_stable():
+    table = summaries({Cell("text", "pre", "linear"): _fake()})
+    assert table["diverged"].all() and table["cosine"].isna().all()
+    assert stability(table, "trained")[0].verdict == FAILS
+
+
+def test_settings_and_cells_are_written_as_json_can_say_them(folder, found):
+    import json
+
+    kept = json.loads((folder / CELLS[0].name / "settings.json").read_text())
+    assert kept["cell"] == asdict(CELLS[0])
