@@ -286,8 +286,9 @@ def limit_table(
     Args:
         model: The model, at the number of iterations to measure.
         prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.streaming.prompts_of`.
-        n: Numbers of iterations, in firing order, e.g. ``(64, 128)``: what a run of so many says, its own last
-            state being the limit. All that the model runs by default.
+        n: Numbers of iterations, in firing order, e.g. ``(64, 128)``: what the first so many of this run say,
+            the last of them being the limit. All that the model runs by default. (Under the rules of
+            `loopify` that divide by R, a run of fewer iterations is another run.)
         tau: One tolerance, or several.
         rho: One share, or several; all combinations are counted.
         of: Whether series are of cosines to the final state or of norms of the difference from it.
