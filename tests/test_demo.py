@@ -1,4 +1,4 @@
-"""The README's main job, and the page that it writes."""
+"""The README's main job: what it prints is what a loop by hand finds, and the page needs no network."""
 
 from __future__ import annotations
 
@@ -6,45 +6,71 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
-from loop_lens.attention_page import attention_page
-from loop_lens.demo import main
+import loop_lens
+from loop_lens.demo import chain_of, main
+
+PROMPT = "a b g a h e e c b h d g c f f d ? c -> -> -> -> -> ->"
 
 
-def test_the_demo_tells_its_story(tmp_path: Path) -> None:
-    import typer
-
+def run(*arguments: str) -> tuple[int, str]:
     app = typer.Typer()
     app.command()(main)
-    result = CliRunner().invoke(app, ["--out", str(tmp_path)])
-    assert result.exit_code == 0, result.output
-    text = result.output
-    assert "loop     3 x 10 blocks       firings 10-39" in text
-    assert "' Paris'" in text and "' Rome'" in text
-    grid = text.split("... at ' France'")[1].split("... at")[0]
-    changes = [float(word) for line in grid.splitlines()[2:5] for word in line.split()[1:]]
-    assert len(changes) == 30 and max(changes) < -7  # wherever it is patched, the answer turns
+    result = CliRunner().invoke(app, list(arguments))
+    return result.exit_code, result.output
+
+
+def rows(text: str) -> list[list[str]]:
+    """The answers of a printed table, [iteration][arrow], with their brackets."""
+    lines = text.split("arrow 6\n", 1)[1].splitlines()[:8]
+    return [line.split()[1:] for line in lines]
+
+
+@torch.no_grad()
+def test_the_demo_tells_its_story(tmp_path: Path) -> None:
+    code, text = run("--out", str(tmp_path))
+    assert code == 0, text
+    assert "loop     8 x 2 blocks        firings 1-16" in text
+    lens, once, held = (rows("arrow 6\n" + part) for part in text.split("arrow 6\n")[1:4])
+
+    model = loop_lens.boot("loop-lens/hops")
+    tokens = model.to_tokens(PROMPT)
+    for t in range(8):
+        with model.at_recurrences(t + 1):
+            said = model(tokens)[0, -6:].argmax(-1)
+        assert [cell.strip("[]") for cell in lens[t]] == [model.to_single_str_token(int(i)) for i in said]
+
+    right = ["f", "d", "g", "a", "b", "h"]
+    assert lens[-1] == [f"[{a}]" for a in right]
+    for t in range(8):  # a front of one arrow an iteration
+        assert all((cell[0] == "[") == (i <= t) for i, cell in enumerate(lens[t]))
+    wave = [once[t][t - 1] for t in range(2, 7)]  # patched at arrow 2 after iteration 2
+    assert wave == ["<c>", "<f>", "<d>", "<g>", "<a>"]
+    assert once[-1] == lens[-1]
+    assert held[-1] == ["[f]", "<c>", "<f>", "<d>", "<g>", "<a>"]
+
     page = (tmp_path / "attention_by_iteration.html").read_text()
-    assert all(f"t={t}" in page for t in range(3))
-    assert 'src="http' not in page and 'href="http' not in page  # all offline
+    assert all(f"t={t}" in page for t in range(8))
+    assert 'src="http' not in page and 'href="http' not in page
 
 
-PATTERNS = torch.ones(2, 3, 3) / 3
+def test_the_chain_of_a_prompt() -> None:
+    assert chain_of(PROMPT.split()) == ["f", "d", "g", "a", "b", "h"]
 
 
 @pytest.mark.parametrize(
-    ("patterns", "tokens", "names", "says"),
+    ("arguments", "says"),
     [
-        (PATTERNS, ["a", "b"], None, "need"),
-        (PATTERNS[0], ["a", "b", "c"], None, "need"),
-        (PATTERNS.log().log(), ["a", "b", "c"], None, "iteration 0 holds NaN"),
-        (PATTERNS, ["a", "b", "c"], ["only one"], "1 names for 2"),
+        (("--prompt", "a b b a a"), "a prompt is pairs"),
+        (("--prompt", "a b b ? a ->"), "a prompt is pairs"),
+        (("--prompt", "a b b a ? a -> b"), "a prompt is pairs"),
+        (("--prompt", "a b b c ? a -> -> ->"), "no pair says what follows 'c'"),
+        (("--other", "x"), "no pair says what follows 'x'"),
     ],
 )
-def test_pages_that_circuitsvis_would_draw_wrong(
-    tmp_path: Path, patterns: torch.Tensor, tokens: list[str], names: list[str] | None, says: str
-) -> None:
-    with pytest.raises(ValueError, match=says):
-        attention_page(patterns, tokens, tmp_path / "page.html", names=names)
-    assert not list(tmp_path.iterdir())
+def test_prompts_of_another_form_are_told(arguments: tuple[str, ...], says: str) -> None:
+    code, text = run(*arguments)
+    assert code == 2
+    assert says in " ".join(text.replace("│", " ").split())
