@@ -176,8 +176,9 @@ class AttentionSettling(Result):
         figure, axes = new_figure(7, 1.2 + 0.22 * len(grid))
         from matplotlib.colors import LogNorm  # new_figure has said so if it is not there
 
-        floor = max(float(self.floor(kind).nan_to_num().max()), 1e-12)
-        scale = LogNorm(floor, max(float(values.nan_to_num().max()), 2 * floor), clip=True)
+        # Below the rounding there is nothing to tell apart.
+        low = max(float(self.floor(kind).nan_to_num().max()), float(values.nan_to_num(1.0).min()), 1e-12)
+        scale = LogNorm(low, max(float(values.nan_to_num().max()), 2 * low), clip=True)
         image = axes.imshow(grid, cmap="viridis", norm=scale, aspect="auto", interpolation="nearest")
         try:
             where = self.settled(metric=kind, of="distance" if of == "distance" else "step").flatten()

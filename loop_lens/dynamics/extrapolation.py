@@ -105,6 +105,7 @@ class Extrapolation(Result):
             )
             axes.axvline(self.trained, color="gray", linestyle=":", label=f"trained: {self.trained}")
             axes.set_xscale("log", base=2)
+            axes.set_xticks(self.recurrences, [str(r) for r in self.recurrences], fontsize=7)
             axes.set(xlabel="iterations", ylabel=metric)
         panels[0][0].legend(fontsize=7)
         return figure

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from loop_lens.dynamics import AttentionSettling, attention_settling
+from loop_lens.attention import LoopedAttentionBridge
+from loop_lens.dynamics import AttentionSettling, attention_bound, attention_settling, pair_maps
 from loop_lens.moments import DivergedError
 from tests.dynamics.test_distances import js_by_entropies
 from tests.interventions.models import MODELS, opened, prompts, wrapped
@@ -171,3 +173,10 @@ def test_bad_requests() -> None:
         pytest.raises(DivergedError, match="iteration 2, layer 1"),
     ):
         attention_settling(model, TEXTS)
+
+
+@pytest.mark.parametrize("measure", [attention_settling, attention_bound, pair_maps])
+def test_a_model_without_patterns_says_so(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LoopedAttentionBridge, "_seen", lambda *arguments: (None, None, True))
+    with pytest.raises(ValueError, match="never computes pattern"):
+        measure(wrapped(), TEXTS)
