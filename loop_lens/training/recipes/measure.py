@@ -98,7 +98,7 @@ def measure_chain(
     model: LoopedTransformer,
     task: Task,
     *,
-    beyond: Sequence[int] = (7, 8, 10),
+    beyond: Sequence[int] = (7, 8, 10, 16),
     most: int = 64,
     n: int = 512,
 ) -> Measured:
