@@ -184,23 +184,24 @@ def _app():
     return app
 
 
-def test_the_command_writes_a_report_of_what_is_done(found, folder, tmp_path, monkeypatch):
+def test_the_command_reports_what_is_done_and_what_is_not(found, folder, tmp_path, monkeypatch):
     module = "loop_lens.experiments.commands.ablation"
+    missing = Cell("text", "huginn", core=3)
     monkeypatch.setattr(f"{module}.Settings", lambda **options: replace(SMALL, **options))
-    monkeypatch.setattr(f"{module}.grid", lambda *a, **k: [*CELLS, Cell("text", "huginn", core=3)])
-    options = [
-        "--out",
-        str(tmp_path / "r"),
-        "--work",
-        str(folder),
-        "--steps",
-        "4",
-        "--text-steps",
-        "3",
-    ]
+    monkeypatch.setattr(f"{module}.grid", lambda *a, **k: [*CELLS, missing])
+    asked: list[tuple[object, ...]] = []
+
+    def report(found, settings, out, *, missing, options):
+        asked.append((list(found), missing, options))
+        return [out]
+
+    monkeypatch.setattr(f"{module}.write_report", report)
+    options = ["--out", str(tmp_path / "r"), "--work", str(folder), "--steps", "4", "--text-steps", "3"]
     result = CliRunner().invoke(_app(), [*options, "--report-only"])
     assert result.exit_code == 0, result.output
-    assert "Not measured: text-huginn-none-3-s0" in (tmp_path / "r.md").read_text()
+    told = " --task addition --cores 2,4 --steps 4 --text-steps 3 --seed 0"
+    assert asked == [(CELLS, [missing], told)]
+    assert "wrote" in result.output
 
 
 @pytest.mark.parametrize(
