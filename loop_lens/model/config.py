@@ -55,6 +55,8 @@ class LoopedConfig(PreTrainedConfig):
         attention_bias: Whether all attention projections have one.
         mlp_bias: Whether the MLP's projections have one.
         upcast_logits: Whether logits are float32 whatever the dtype of the weights.
+        initializer_range: Standard deviation of new weights; tied embeddings may get a smaller one, so
+            that a new model does no worse than guessing.
         family: Name of the published family that the weights come from, if any.
         published: That family's own config fields, to write its format again.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -229,9 +230,19 @@ class LoopedPreTrainedModel(PreTrainedModel):
             eye = 0.7 * torch.eye(module.adapter.out_features)
             module.adapter.weight.copy_(torch.cat([eye, eye], dim=1))
         if isinstance(module, ScaledEmbedding) and self.config.tie_word_embeddings:
-            # Where the stream still is the embedding, a token's own logit is d_model times this deviation: a
-            # wider one would begin by repeating the prompt, at a loss above that of guessing.
-            module.weight.mul_(min(1.0, 1 / (self.config.hidden_size * self.config.initializer_range)))
+            std, limit = self.config.initializer_range, _tied_std(self.config)
+            if std > limit:
+                module.weight.mul_(limit / std)
+
+
+def _tied_std(config: LoopedConfig) -> float:
+    """The largest deviation of tied embeddings with which a new model does no worse than guessing.
+
+    Where the stream still is the embedding, a token's own logit is d_model times the deviation, which makes
+    the loss that much larger than the logarithm of the vocabulary: 3% at most.
+    """
+    n = config.vocab_size
+    return math.log1p(n * (n**0.03 - 1)) / config.hidden_size
 
 
 class LoopedModel(LoopedPreTrainedModel):
