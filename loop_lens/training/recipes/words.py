@@ -36,7 +36,7 @@ def _model(task: Task) -> LoopedConfig:
 
 def _training(seed: int) -> TrainingConfig:
     return TrainingConfig(
-        steps=4000,
+        steps=2000,
         batch_size=16,
         lr=3e-3,
         warmup=150,
