@@ -89,13 +89,14 @@ pictures = {
     "patched once, after iteration 2": once,
     "patched from iteration 2 on": held,
 }
-for panel, (title, values) in zip(axes, pictures.items()):
+for panel, (title, values) in zip(axes, pictures.items(), strict=True):
     first = 7 - values.shape[1]
     extent = (first - 0.5, 6.5, -0.5, 7.5)
     image = panel.imshow(values, origin="lower", cmap="Blues", vmin=0, vmax=1, extent=extent, aspect="auto")
     panel.set(title=title, xlabel="arrow", xticks=range(first, 7))
 axes[0].set_ylabel("iteration")
-figure.colorbar(image, ax=axes, label="accuracy; probability\nof what follows from the patch");
+_ = figure.colorbar(image, ax=axes, label="accuracy; probability\nof what follows from the patch")
+
 
 # %% [markdown]
 # Left, the front. Middle: patched once, the foreign thought becomes a wave. The arrow after it believes the patch one
@@ -130,11 +131,14 @@ for name, each in (("with injection", model), ("without", plain)):
             said = each(prompts)[:, 18:].argmax(-1)
         right.append((recurrences, float((said == batch.labels[:64, 18:24]).float().mean())))
     axes[0].semilogy(range(1, 48), steps[1:], label=name)
-    axes[1].plot(*zip(*right), "o-", markersize=3, label=name)
-    print(f"{name:>15}: step {steps[-1]:.1e}, accuracy {dict(right)[8]:.2f} at 8, {right[-1][1]:.2f} at 48 iterations")
+    axes[1].plot(*zip(*right, strict=True), "o-", markersize=3, label=name)
+    print(
+        f"{name:>15}: step {steps[-1]:.1e}, accuracy {dict(right)[8]:.2f} at 8, {right[-1][1]:.2f} at 48 iterations"
+    )
 axes[0].set(xlabel="iteration", ylabel="step / norm of the state", title="movement of the state")
 axes[1].set(xlabel="iterations", title="accuracy")
-axes[1].legend();
+_ = axes[1].legend()
+
 
 # %% [markdown]
 # With injection the loop settles and may run as long as it likes. Without, it solves the task at the numbers of iterations that it was
