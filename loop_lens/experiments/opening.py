@@ -9,7 +9,6 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.sources import boot_transformers
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 from loop_lens.bridge import HookedLoopedTransformer
@@ -72,7 +71,7 @@ def open_any(name: str) -> TransformerBridge:
     try:
         return boot(name)
     except ValueError:  # no family of loops
-        return boot_transformers(name)
+        return TransformerBridge.boot_transformers(name)
 
 
 def read_prompts(

@@ -23,6 +23,8 @@ from loop_lens.experiments.random_models import NORMS, RandomModel
 from loop_lens.moments import DivergedError
 from loop_lens.results import Result
 
+_ANGLE_FLOOR = math.sqrt(2 * torch.finfo(torch.float32).eps)  # what rounding of a cosine near 1 looks like
+
 Kind = tuple[int, bool, str]
 """Layers, whether there is injection, and the norm."""
 
@@ -116,6 +118,14 @@ class Measured(Result):
         return float(_late(self.degeneracy["cosine"]))
 
     @property
+    def apart(self) -> float:
+        """Angle of `one_point` over the angle of `settled`: how much farther apart layers are than they move.
+
+        About 1 where all layers are at one point, as far as can be told from how far they still move.
+        """
+        return _angle(self.one_point) / max(_angle(self.settled), _ANGLE_FLOOR)
+
+    @property
     def fixed(self) -> float:
         """Share of tokens that Algorithm 1 calls fixed points, over all layers, from 0 to 1."""
         return float(self.kinds[:, 0].sum() / self.kinds.sum())
@@ -132,6 +142,7 @@ class Measured(Result):
             **self.model,
             "settled_cosine": self.settled,
             "one_point_cosine": self.one_point,
+            "apart": self.apart,
             "relative_distance": self.relative_distance,
             "matrix_relative_distance": float(self.late("matrix_distance").max()),
             "last_relative_step": float(self.curves["relative_step"][-1].max()),
@@ -154,6 +165,10 @@ class Measured(Result):
         for name, value in reversed(self.model.items()):
             table.insert(0, name, value)
         return table
+
+
+def _angle(cosine: float) -> float:
+    return math.acos(min(max(cosine, -1.0), 1.0))
 
 
 def _late(curve: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import loop_lens
 from loop_lens.bridge import HookedLoopedTransformer
 from loop_lens.model import LoopedConfig, LoopedTransformer
-from loop_lens.model.modeling import LinearInjection
 
 NORMS: dict[str, dict[str, Any]] = {
     "pre": {"block_norm": "pre"},
@@ -107,9 +106,9 @@ class RandomModel:
                     weight = module.weight
                     drawn = torch.randn(weight.shape, generator=generator) * scales(kind, weight, self.layers)
                     weight.copy_(drawn)
-                if isinstance(module, LinearInjection) and self.init == "identity":
-                    eye = 0.7 * torch.eye(self.width)
-                    module.adapter.weight.copy_(torch.cat([eye, eye], dim=1))
+            if self.injection and self.init == "identity":
+                eye = 0.7 * torch.eye(self.width)
+                native.model.injection.adapter.weight.copy_(torch.cat([eye, eye], dim=1))
         if self.injection:
             model.initial_state = self.seed
 

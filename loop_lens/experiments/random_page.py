@@ -11,11 +11,12 @@ from loop_lens.experiments.page import how_it_was_made, markdown_table, save_csv
 from loop_lens.experiments.random_figures import figure_6, figure_31, layer_grid
 from loop_lens.experiments.random_init import Measured, Settings, pooled
 from loop_lens.experiments.random_models import INITS
-from loop_lens.experiments.verdicts import CLAIMS, Verdict, tally, verdict_table, verdicts
+from loop_lens.experiments.verdicts import CLAIMS, Claim, Verdict, tally, verdict_table, verdicts
 
 _NUMBERS = {
     "settled_cosine": "cosine beyond",
-    "one_point_cosine": "one point",
+    "one_point_cosine": "one point (M9)",
+    "apart": "apart",
     "percent_fixed_point": "% fixed points",
     "percent_orbit": "% orbits",
     "percent_slider": "% sliders",
@@ -41,7 +42,7 @@ def write_results(
         results: The grid.
         variants: The same claims' models at other settings, by name, one depth each.
         settings: How all were measured.
-        out: The folder; the page is ``out.md``.
+        out: The folder; the page is ``out.md``. What stands in its ``notes.md`` goes into the page.
         command: The command that was given.
 
     Returns:
@@ -82,7 +83,7 @@ def write_results(
     if variants:
         table = tally(variants)
         save_csv(table, out / "variants.csv")
-    page = _page(results, found, table, settings, main=main, folder=out.name, command=command)
+    page = _page(results, found, table, settings, main=main, notes=out / "notes.md", command=command)
     out.with_suffix(".md").write_text(page, encoding="utf-8")
     return found
 
@@ -94,19 +95,19 @@ def _page(
     settings: Settings,
     *,
     main: int,
-    folder: str,
+    notes: Path,
     command: str,
 ) -> str:
-    spec = results[0].of
+    spec, folder = results[0].of, notes.parent.name
     depths = sorted({result.of.layers for result in results})
     seeds = len({result.of.seed for result in results})
     rows: list[dict[str, str]] = []
     for claim in CLAIMS:
-        row = {"the paper's verdict": claim.text, "wanted": _wanted(claim.side, found)}
+        row = {"the paper's verdict": claim.text, "wanted": _wanted(claim)}
         for verdict in found:
             if verdict.claim is claim:
                 word = "holds" if verdict.holds else "**does not hold**"
-                row[f"{verdict.layers} layers"] = f"{word} ({verdict.worst:.3f})"
+                row[f"{verdict.layers} layers"] = f"{word} ({verdict.worst:.3g})"
         rows.append(row)
     numbers = [
         {
@@ -147,9 +148,8 @@ def _page(
             markdown_table(variants),
             "Initialisations:\n\n" + "\n".join(f"- *{name}*: {text}." for name, (text, _) in INITS.items()),
         ]
-        notes = Path(__file__).with_name("random_init_notes.md")
-        if notes.exists():
-            parts.append(notes.read_text(encoding="utf-8").strip())
+    if notes.exists():
+        parts.append(notes.read_text(encoding="utf-8"))
     parts.append("## Figures\n")
     for name, text in _FIGURES.items():
         parts.append(f"![{name}]({folder}/{name}.png)\n\n*{text.format(layers=main, **_at(settings))}*\n")
@@ -164,8 +164,8 @@ def _at(settings: Settings) -> dict[str, int]:
     return {"last": settings.recurrences, "reference": settings.reference}
 
 
-def _wanted(side: str, found: Sequence[Verdict]) -> str:
-    return f"{'≥' if side == 'above' else '<'} {found[0].threshold:g}"
+def _wanted(claim: Claim) -> str:
+    return f"{'≥' if claim.side == 'above' else '<'} {claim.threshold:g}"
 
 
 _METHOD = """
@@ -183,15 +183,17 @@ are drawn. These are drawn by the one published rule for a looped model with inj
 
 _READINGS = """
 Stable is read as: over the last quarter of {last} iterations, the cosine to the state at {reference} is at least
-0.95 (1 - tau of the paper's Algorithm 1) at every layer, in the mean over tokens. One point is read as: over the same
-iterations, the least cosine between layer 0 and any layer's state at {reference} is at least 0.95 (M9).
+0.95 (1 - tau of the paper's Algorithm 1) at every layer, in the mean over tokens. One point is read in two ways, over
+the same iterations: the least cosine between layer 0 and any layer's state at {reference} (M9) is at least 0.95; and
+its angle is less than twice the angle that layers still move until {reference}. Twice or more is read as fixed points
+of their own.
 """
 
 _NUMBERS_TEXT = """
-*cosine beyond*, *one point*: as in the verdicts. *% fixed points, orbits, sliders*: Algorithm 1 on every token and
-layer, cosine to the state at {last}. *distance / norm*: to the state at {reference}, per token and over the whole
-[pos d_model] matrix. *step / norm*: of the last iteration. *radius*: spectral radius of the last iteration's Jacobian,
-over 16 tokens.
+*cosine beyond*, *one point*, *apart*: as in the verdicts. *% fixed points, orbits, sliders*: Algorithm 1 on every
+token and layer, cosine to the state at {last}. *distance / norm*: to the state at {reference}, per token and over the
+whole [pos d_model] matrix. *step / norm*: of the last iteration. *radius*: spectral radius of the last iteration's
+Jacobian, over 16 tokens.
 """
 
 _FIGURES = {

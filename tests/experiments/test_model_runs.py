@@ -94,7 +94,9 @@ def test_a_model_that_runs_its_loop_once_is_refused() -> None:
         open_looped(HUGINN, recurrences=1)
 
 
-def test_prompts_come_from_files_and_from_the_documentation(tmp_path: Path) -> None:
+def test_prompts_come_from_files_and_from_the_documentation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = wrapped()
     text = tmp_path / "text.txt"
     text.write_text("w1 w2\nw3\n\n\nw4 w5 w6 w7\n")
@@ -107,7 +109,9 @@ def test_prompts_come_from_files_and_from_the_documentation(tmp_path: Path) -> N
     assert len(read_prompts(model, str(table), column="question")) == 1
     with pytest.raises(ValueError, match=r"no column 'text': it has .*question"):
         read_prompts(model, str(table))
-    assert [len(tokens) for tokens in read_prompts(model, "stdlib", count=2, length=16)] == [16, 16]
+    documents = [" ".join(f"w{i}" for i in range(n)) for n in (3, 20, 5, 30)]
+    monkeypatch.setattr("loop_lens.experiments.opening.standard_library_documents", lambda: documents)
+    assert [len(tokens) for tokens in read_prompts(model, "stdlib", count=3, length=16)] == [16, 16, 4]
 
 
 def test_no_prompts_is_an_error(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_kinds_are_algorithm_1_of_every_token(measured: tuple[Measured, Any]) ->
     result, model = measured
     with model.at_recurrences(8):
         _, cache = model.run_with_cache(SMALL.tokens(512))
-    states = cache.grid("resid_post").flatten(2, 3)
+        states = cache.grid("resid_post").flatten(2, 3)
     kinds = {"fixed point": 0, "orbit": 1, "slider": 2, "unknown": 3}
     wanted = torch.zeros(2, 4, dtype=torch.int64)
     for layer in range(2):
@@ -150,13 +150,13 @@ def test_the_command_writes_page_figures_tables_and_prints_verdicts(tmp_path: Pa
     answer = CliRunner().invoke(build(), ["random-init", "--quick", "--out", str(out), "--no-progress"])
     assert answer.exit_code == 0, answer.output
     lines = [line for line in answer.output.splitlines() if line.startswith(("holds", "does not hold"))]
-    assert len(lines) == 9
+    assert len(lines) == 10
     page = out.with_suffix(".md").read_text()
     for figure in ("figure_6", "figure_29", "figure_30", "figure_31", "beyond", "steps"):
         assert f"(random_init/{figure}.png)" in page
         assert (out / f"{figure}.png").stat().st_size < 150_000
     assert "python -m loop_lens.experiments random-init --quick" in page
-    assert (out / "verdicts.csv").read_text().count("\n") == 10
+    assert (out / "verdicts.csv").read_text().count("\n") == 11
     assert (out / "cache" / ".gitignore").read_text() == "*\n"
 
 

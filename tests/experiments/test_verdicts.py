@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from loop_lens.experiments.random_init import Measured
 from loop_lens.experiments.random_models import RandomModel
-from loop_lens.experiments.verdicts import CLAIMS, judge, tally, verdict_table, verdicts
+from loop_lens.experiments.verdicts import CLAIMS, Claim, judge, tally, verdict_table, verdicts
 
 
 def made(norm: str, injection: bool, cosine: Tensor, one_point: Tensor, seed: int = 0) -> Measured:
@@ -48,16 +50,30 @@ def test_curves_as_described_hold_everywhere() -> None:
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.name)
-def test_each_claim_fails_on_the_opposite_curve(claim) -> None:  # type: ignore[no-untyped-def]
+def test_each_claim_fails_on_the_opposite_curve(claim: Claim) -> None:
     curves = paper()
     kind = (claim.norm, claim.injection)
-    opposite = settling(0.1) if claim.side == "above" else settling()
-    of_point = "layer 0" in claim.measured
     cosine, one_point = curves[kind]
-    curves[kind] = (cosine, opposite) if of_point else (opposite, one_point)
-    found = {v.claim.name: v.holds for v in verdicts([made(*kind, *c) for kind, c in curves.items()])}
-    assert not found[claim.name]
-    assert all(holds for name, holds in found.items() if name != claim.name)
+    curves[kind] = {
+        "above 0.95": (settling(0.1), one_point),
+        "below 0.95": (settling(), one_point),
+        "M9": (cosine, settling(0.1)),
+        "below 2": (cosine, settling(0.97)),
+        "above 2": (cosine, cosine),
+    }["M9" if "M9" in claim.name else f"{claim.side} {claim.threshold:g}"]
+    found = verdicts([made(*kind, *pair) for kind, pair in curves.items()])
+    holds = {verdict.claim.name: verdict.holds for verdict in found}
+    assert not holds[claim.name]
+    others = [c.name for c in CLAIMS if (c.norm, c.injection) != kind]
+    assert all(holds[name] for name in others)
+
+
+def test_layers_are_apart_by_their_angle_over_how_far_they_move() -> None:
+    still, turned = torch.full((40,), 0.99), torch.full((40,), 0.9)
+    result = made("pre", True, still, turned)
+    assert result.apart == pytest.approx(math.acos(0.9) / math.acos(0.99), rel=1e-5)
+    rounding = made("pre", True, torch.full((40,), 1 + 1e-7), turned)
+    assert rounding.apart == pytest.approx(math.acos(0.9) / math.sqrt(2 * 2.0**-23), rel=1e-5)
 
 
 def test_one_seed_on_the_wrong_side_is_enough() -> None:
