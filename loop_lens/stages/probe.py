@@ -112,8 +112,7 @@ class StagesProbe:
         sink = received[..., self.token]
         mixing = mixing_score(pattern, mask=mask)
         heads = torch.stack([concentration, sink, mixing])
-        # A diverged head has no rate: NaN >= tau would count it as no sink.
-        rates = (sink >= self.tau).to(sink.dtype).masked_fill(sink.isnan(), float("nan"))
+        rates = (sink >= self.tau).to(sink.dtype)
         pooled = torch.stack([concentration, rates, mixing]).mean(-1)
         self._collector.put(slice(0, len(ATTENTION)), cell, pooled)
         self._collector.put(slice(self._pooled, len(self._names)), cell, heads.transpose(1, 2).flatten(0, 1))
