@@ -365,7 +365,7 @@ class LoopedModel(LoopedPreTrainedModel):
         first_grad = 0 if backprop_iterations is None else config.recurrences - backprop_iterations
         for t in range(config.recurrences):
             if t == first_grad > 0:
-                # Autocast keeps casts made without a graph, and would cut the weights' gradients.
+                # Some versions of torch keep casts made without a graph, which would cut the weights' gradients.
                 torch.clear_autocast_cache()
             with torch.set_grad_enabled(grad and t >= first_grad):
                 state = site(f"loop.{t}.hook_state_in", state)

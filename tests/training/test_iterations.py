@@ -36,9 +36,10 @@ def test_padding_is_masked_in_every_iteration_s_readout() -> None:
     model = tiny(initializer_range=0.4).eval()
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
     every = model(IDS, attention_mask=mask, use_cache=False, read_iterations=True).iteration_logits
-    model.config.recurrences = 2
-    expected = model(IDS, attention_mask=mask).logits
-    torch.testing.assert_close(every[1][mask.bool()], expected[mask.bool()], atol=2e-5, rtol=1e-5)
+    for t in range(3):
+        model.config.recurrences = t + 1
+        expected = model(IDS, attention_mask=mask).logits
+        torch.testing.assert_close(every[t][mask.bool()], expected[mask.bool()], atol=2e-5, rtol=1e-5)
 
 
 def test_chosen_places_and_iterations_are_those_of_the_whole() -> None:
