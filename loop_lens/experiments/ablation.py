@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -214,20 +214,19 @@ def run_cell(cell: Cell, settings: Settings, folder: Path, task: Task, *, progre
     """
     folder = folder / cell.name
     folder.mkdir(parents=True, exist_ok=True)
-    _require_same(folder / "settings.json", {"cell": asdict(cell), "settings": asdict(settings)})
-    if (folder / "measured").exists():
+    _require_same(folder, cell, settings)
+    if _is_measured(folder, settings):
         return Measured.load(folder / "measured")
     model = settings.build(cell, task.vocab_size)
     result = train(model, task, settings.training(cell), folder=folder / "run", progress=progress)
     initial = settings.build(cell, task.vocab_size).eval()
-    level = settings.training(cell).level
-    with _deterministic(settings.measuring.seed):
-        found = measure_cell(
-            result.model, initial, task, level, result.log, settings.measuring, progress=progress
-        )
+    level, how = settings.training(cell).level, settings.measuring
+    found = measure_cell(result.model, initial, task, level, result.log, how, progress=progress)
     # Under its own name only when it is whole.
     part = folder / "measured.part"
     found.save(part)
+    (part / _HOW).write_text(json.dumps(asdict(how)))
+    shutil.rmtree(folder / "measured", ignore_errors=True)
     part.replace(folder / "measured")
     return found
 
@@ -247,37 +246,39 @@ def finished(cells: Sequence[Cell], settings: Settings, folder: Path) -> dict[Ce
     Raises:
         ValueError: If nothing is.
     """
-    done = [cell for cell in cells if (folder / cell.name / "measured").exists()]
+    done = [cell for cell in cells if _is_measured(folder / cell.name, settings)]
     if not done:
         raise ValueError(f"{folder} holds no measured cell of this grid: run it first")
     for cell in done:
-        _require_same(
-            folder / cell.name / "settings.json", {"cell": asdict(cell), "settings": asdict(settings)}
-        )
+        _require_same(folder / cell.name, cell, settings)
     return {cell: Measured.load(folder / cell.name / "measured") for cell in done}
 
 
-def _require_same(path: Path, now: dict[str, Any]) -> None:
-    text = json.dumps(now, indent=1)
+_HOW = "measuring.json"
+_TEXT = ("vocabulary", "window", "text_steps", "text_batch")
+
+
+def _is_measured(folder: Path, settings: Settings) -> bool:
+    """Whether a cell was measured in this way; in another way, it is measured again, not trained again."""
+    path = folder / "measured" / _HOW
+    return path.exists() and json.loads(path.read_text()) == json.loads(
+        json.dumps(asdict(settings.measuring))
+    )
+
+
+def _require_same(folder: Path, cell: Cell, settings: Settings) -> None:
+    """Raise unless a folder's model is made and trained as these settings say."""
+    path = folder / "settings.json"
+    others = ("level", "symbols", "steps", "batch") if cell.task == "text" else _TEXT
+    own = {**asdict(cell), **asdict(settings)}
+    own = {key: value for key, value in own.items() if key not in (*others, "measuring")}
     if not path.exists():
-        path.write_text(text)
+        path.write_text(json.dumps(own, indent=1))
         return
-    before, now = json.loads(path.read_text()), json.loads(text)
-    if before != now:
-        other = [
-            f"{key} was {value}, now {now.get(part, {}).get(key)}"
-            for part, values in before.items()
-            for key, value in values.items()
-            if now.get(part, {}).get(key) != value
-        ]
+    before: dict[str, Any] = json.loads(path.read_text())
+    if before != own:
+        keys = [key for key in {**before, **own} if before.get(key) != own.get(key)]
+        other = ", ".join(f"{key} was {before.get(key)}, now {own.get(key)}" for key in keys)
         raise ValueError(
-            f"{path.parent} holds this cell under other settings ({'; '.join(other) or 'fields were added'}): "
-            "choose another work folder, or delete this one"
+            f"{folder} holds this model under other settings ({other}): choose another work folder, or delete this one"
         )
-
-
-@contextmanager
-def _deterministic(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield

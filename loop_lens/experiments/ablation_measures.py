@@ -40,7 +40,7 @@ class Measuring:
         seed: Of the test sequences.
     """
 
-    recurrences: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 16, 32)
+    recurrences: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 16, 17, 32)
     tested: int = 384
     text_tested: int = 96
     iterations: int = 64
@@ -88,22 +88,28 @@ class Measured(Result):
         return pd.DataFrame({name: values.tolist() for name, values in self.log.items()})
 
     def summary(self, state: str) -> dict[str, Any]:
-        """How the loop behaves after the last followed iteration, at the layer where it settles least.
+        """How the loop behaves in the last quarter of the followed iterations, at the layer that settles least.
 
-        ``relative_distance`` and ``cosine`` are to the reference, ``growth`` is of the norm over the second half
-        of the iterations, ``degeneracy`` the least cosine between layer 0 and any layer's reference (M9).
+        ``relative_distance`` and ``cosine`` are to the reference and ``degeneracy`` is the least cosine between
+        layer 0 and any layer's reference (M9), all three at the worst iteration: an orbit comes by its
+        reference again and again, and one of period 2 sits on it in every other iteration. ``nearest`` is the
+        relative distance at the best iteration, ``growth`` that of the norm over the second half of the
+        iterations.
         """
-        names = ("relative_distance", "cosine", "relative_step", "degeneracy", "growth")
+        names = ("relative_distance", "nearest", "cosine", "relative_step", "degeneracy", "growth")
         found: dict[str, Any] = {"state": state, **dict.fromkeys(names, math.nan)}
         moves = self.moves.get(state)
         if moves is not None:
-            norm = moves.mean("norm")
+            n = len(moves.iterations)
+            late = slice(n - max(2, n // 4), n)
+            norm, far = moves.mean("norm"), moves.mean("relative_distance")[late].amax(1)
             found |= {
-                "relative_distance": float(moves.mean("relative_distance")[-1].max()),
-                "cosine": float(moves.mean("cosine")[-1].min()),
-                "relative_step": float(moves.mean("relative_step")[-1].max()),
-                "degeneracy": float(moves.mean("degeneracy_cosine")[-1, 0]),
-                "growth": float((norm[-1] / norm[len(norm) // 2 - 1]).max()),
+                "relative_distance": float(far.max()),
+                "nearest": float(far.min()),
+                "cosine": float(moves.mean("cosine")[late].min()),
+                "relative_step": float(moves.mean("relative_step")[late].max()),
+                "degeneracy": float(moves.mean("degeneracy_cosine")[late, 0].min()),
+                "growth": float((norm[-1] / norm[n // 2 - 1]).max()),
             }
         return found | {"radius": self.radius.get(state, math.nan), "diverged": moves is None}
 
@@ -122,11 +128,11 @@ class Measured(Result):
         """Read what `save` wrote."""
         folder = Path(path)
         numbers = json.loads((folder / "numbers.json").read_text())
-        parts = (
+        log, said = (
             {k: torch.tensor(v, dtype=torch.float64) for k, v in numbers[part].items()}
             for part in ("log", "said")
         )
-        found = {
+        found: dict[str, Any] = {
             kind: {
                 state: of.load(folder / f"{kind}-{state}.safetensors")
                 for state in STATES
@@ -134,7 +140,7 @@ class Measured(Result):
             }
             for kind, of in (("stages", Stages), ("moves", Convergence))
         }
-        return cls(*parts, found["stages"], found["moves"], numbers["radius"])  # pyright: ignore[reportArgumentType]
+        return cls(log, said, found["stages"], found["moves"], numbers["radius"])
 
 
 def measure_cell(

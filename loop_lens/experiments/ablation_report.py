@@ -11,6 +11,8 @@ import pandas as pd
 from loop_lens.experiments.ablation import TRAINED, Cell, Settings
 from loop_lens.experiments.ablation_measures import Measured
 from loop_lens.experiments.ablation_verdicts import (
+    BACK,
+    GROWS,
     LOST,
     STABLE,
     Verdict,
@@ -24,6 +26,7 @@ from loop_lens.experiments.random_models import NORMS
 from loop_lens.figures import new_figure
 
 _COLORS = {"linear": "C0", "none": "C1"}
+_MEASURED = ["relative_distance", "nearest", "cosine", "growth", "degeneracy", "relative_step", "radius"]
 _STYLES = ("-", "--", ":", "-.")
 
 
@@ -82,7 +85,7 @@ def _tables(found: Mapping[Cell, Measured], settings: Settings) -> Iterator[tupl
     yield "extrapolation", beyond_training(found)[0]
 
 
-def _stacked(found: Mapping[Cell, Measured], table: Callable[[Measured], pd.DataFrame]) -> pd.DataFrame:
+def _stacked(found: Mapping[Cell, Measured], table: Callable[[Measured], Any]) -> pd.DataFrame:
     parts: list[pd.DataFrame] = []
     for cell, measured in found.items():
         part = table(measured)
@@ -92,11 +95,11 @@ def _stacked(found: Mapping[Cell, Measured], table: Callable[[Measured], pd.Data
 
 
 def _convergence(measured: Measured) -> pd.DataFrame:
-    parts: list[pd.DataFrame] = []
+    parts: list[Any] = []
     for state, moves in measured.moves.items():
-        part = moves.to_dataframe()
+        part: Any = moves.to_dataframe()
         n = len(moves.iterations)
-        part = part[part["iteration"].isin({0, 1, 2, 3, 7, 15, 31, n - 1})]
+        part = part[part["iteration"].isin([0, 1, 2, 3, 7, 15, 31, n - 1])]
         columns = [
             "iteration",
             "layer",
@@ -124,7 +127,7 @@ def _stages(measured: Measured) -> pd.DataFrame:
         "entropy",
         "norm",
     ]
-    parts: list[pd.DataFrame] = []
+    parts: list[Any] = []
     for state, found in measured.firings.items():
         part = found.to_dataframe()[columns].copy()
         part.insert(0, "state", state)
@@ -312,10 +315,13 @@ def _page(
         "",
         "## What the paper says of random and small models (arXiv 2604.11791)",
         "",
-        f"Stable: after {how.iterations} iterations the cosine to the state after {how.reference}, mean over test "
-        f"tokens, is at least {STABLE} at every layer (1 - tau of the paper's Algorithm 1). A claim holds if all "
-        "models agree, does not if fewer than half do, and cannot be told at this size in between. The paper makes "
-        "the first seven claims of models with random weights; here they are tested before training and after.",
+        f"Each loop is followed for {how.iterations} iterations, and compared with its state after {how.reference}. "
+        f"It is at a *fixed point* if in the last quarter the cosine to that state, mean over test tokens, is at least "
+        f"{STABLE} at every layer and iteration (1 - tau of the paper's Algorithm 1), and the norm grows by at most "
+        f"{GROWS - 1:.0%} in the second half; *direction only* if the norm grows on; on an *orbit* if it leaves that "
+        f"state and comes back to within {BACK} of its norm; or none of these. A claim holds if all models agree, does "
+        "not hold if fewer than half do, and cannot be told at this size in between. The paper makes the first seven "
+        "claims of models with random weights; they are tested before training and after.",
         "",
         _markdown(pd.DataFrame([vars(v) for v in verdicts])),
         "",
@@ -331,24 +337,12 @@ def _page(
         "",
         "## Dynamics",
         "",
-        f"At iteration {how.iterations}, at the layer that is worst: distance to iteration {how.reference} over the "
-        "norm, cosine to it, growth of the norm since half as many iterations, degeneracy (least cosine of layer 0 "
-        "to any layer's reference), and the spectral radius of the iteration's Jacobian.",
+        f"In the last quarter of {how.iterations} iterations, at the worst iteration and layer: distance to iteration "
+        f"{how.reference} over the norm (`nearest`: at the best iteration), cosine to it, growth of the norm in the "
+        "second half, degeneracy (least cosine of layer 0 to any layer's state there), step over the norm; and the "
+        "spectral radius of the last iteration's Jacobian at the state that it was run at.",
         "",
-        _markdown(
-            tables["dynamics"][
-                [
-                    "cell",
-                    "state",
-                    "relative_distance",
-                    "cosine",
-                    "growth",
-                    "degeneracy",
-                    "relative_step",
-                    "radius",
-                ]
-            ]
-        ),
+        _markdown(tables["dynamics"][["cell", "state", "kind", *_MEASURED]]),
         "",
         f"![Distance to iteration {how.reference}]({name}_convergence.png)",
         "",
@@ -377,7 +371,7 @@ def _page(
     return "\n".join(lines)
 
 
-def _markdown(table: pd.DataFrame) -> str:
+def _markdown(table: Any) -> str:
     """A table in markdown, numbers to three digits."""
 
     def cell(value: Any) -> str:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import loop_lens.experiments.ablation as ablation
 from loop_lens.data import AdditionTask
+from loop_lens.dynamics import Convergence
 from loop_lens.experiments.ablation import Cell, Settings, finished, grid, run_grid
 from loop_lens.experiments.ablation_measures import Measured, Measuring, as_feed_forward
 from loop_lens.experiments.ablation_report import write_report
@@ -21,6 +22,7 @@ from loop_lens.experiments.ablation_verdicts import (
     beyond_training,
     decide,
     distance_to,
+    kind_of,
     layer_spread,
     matches,
     repetition,
@@ -148,6 +150,42 @@ def test_other_settings_in_the_same_folder_are_refused(found, folder):
         finished(CELLS[-1:], replace(SMALL, width=32), folder)
 
 
+def test_the_other_tasks_steps_may_change(found, folder):
+    run_grid(CELLS[:1], replace(SMALL, steps=5), folder, progress=False)
+    with pytest.raises(ValueError, match="text_steps was 3, now 5"):
+        run_grid(CELLS[:1], replace(SMALL, text_steps=5), folder, progress=False)
+
+
+def test_another_way_of_measuring_trains_nothing(tmp_path, monkeypatch):
+    cell = CELLS[-1]
+    run_grid([cell], SMALL, tmp_path, progress=False)
+    steps: list[int] = []
+    real = ablation.train
+    monkeypatch.setattr(
+        ablation, "train", lambda *a, **k: real(*a, **k, on_step=lambda record: steps.append(record.step))
+    )
+    how = replace(SMALL.measuring, recurrences=(1, 3, 4, 8))
+    found = run_grid([cell], replace(SMALL, measuring=how), tmp_path, progress=False)
+    assert found[cell].to_dataframe()["recurrences"].tolist() == [1, 3, 4, 8]
+    assert steps == []
+
+
+def test_an_orbit_of_period_two_is_not_taken_for_a_fixed_point():
+    # Distance 0 in every other iteration: the reference has the same parity as the last one.
+    values = torch.zeros(6, 8, 1, dtype=torch.float64)
+    metrics = ("norm", "relative_distance", "cosine", "relative_step", "degeneracy_cosine", "floor")
+    values[0], values[3] = 1.0, 0.5
+    values[1, 0::2], values[2] = 0.5, 1.0
+    values[2, 0::2] = 0.875
+    ones = torch.ones_like(values)
+    axes = {"iteration": tuple(range(8)), "layer": (0,)}
+    moments = Moments(axes, metrics, ones, values, values**2, ones, values, values**2)
+    fake = replace(_fake(), moves={"trained": Convergence("loop", 12, moments)})
+    row = fake.summary("trained")
+    assert (row["relative_distance"], row["nearest"], row["cosine"]) == (0.5, 0.0, 0.875)
+    assert kind_of(row) == "orbit"
+
+
 def test_what_is_finished_is_found_without_training(found, folder, tmp_path):
     assert list(finished([Cell("text", core=9), *CELLS], SMALL, folder)) == CELLS
     with pytest.raises(ValueError, match="holds no measured cell"):
@@ -252,6 +290,20 @@ def test_measuring_needs_a_reference_beyond():
 
 
 @pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"cosine": 0.99, "growth": 1.0, "nearest": 0.0}, "fixed point"),
+        ({"cosine": 0.99, "growth": 1.5, "nearest": 0.5}, "direction only"),
+        ({"cosine": 0.5, "growth": 1.0, "nearest": 0.01}, "orbit"),
+        ({"cosine": 0.5, "growth": 1.0, "nearest": 0.5}, "none"),
+        ({"cosine": math.nan, "growth": math.nan, "nearest": math.nan}, "diverged"),
+    ],
+)
+def test_where_a_loop_ends_up_has_a_name(row, kind):
+    assert kind_of(row) == kind
+
+
+@pytest.mark.parametrize(
     ("agree", "verdict"),
     [
         ([], UNTOLD),
@@ -266,29 +318,30 @@ def test_a_claim_holds_if_all_agree(agree, verdict):
     assert decide(agree) == verdict
 
 
-def _table(cosines, degeneracy=0.99):
-    """One model of each kind: {(injection, norm): cosine}."""
+def _table(kinds, degeneracy=0.99):
+    """One model of each kind: {(injection, norm): kind}."""
     rows = [
         {
             "state": "trained",
             "outer": 1,
             "injection": i,
             "norm": n,
-            "cosine": c,
+            "kind": k,
+            "cosine": 0.9,
             "degeneracy": degeneracy,
         }
-        for (i, n), c in cosines.items()
+        for (i, n), k in kinds.items()
     ]
     return pd.DataFrame(rows)
 
 
 AS_PAPER = {
-    ("linear", "pre"): 1.0,
-    ("linear", "huginn"): 0.96,
-    ("linear", "ouro"): 0.5,
-    ("none", "pre"): 0.99,
-    ("none", "huginn"): 0.2,
-    ("none", "ouro"): math.nan,
+    ("linear", "pre"): "fixed point",
+    ("linear", "huginn"): "fixed point",
+    ("linear", "ouro"): "none",
+    ("none", "pre"): "direction only",
+    ("none", "huginn"): "orbit",
+    ("none", "ouro"): "diverged",
 }
 
 
@@ -297,8 +350,14 @@ def test_stability_holds_where_models_are_as_the_paper_says():
 
 
 def test_stability_does_not_hold_where_models_are_the_other_way_round():
-    turned = {key: 0.1 if value >= 0.95 else 1.0 for key, value in AS_PAPER.items()}
+    stable = ("fixed point", "direction only")
+    turned = {key: "orbit" if kind in stable else "fixed point" for key, kind in AS_PAPER.items()}
     assert [v.verdict for v in stability(_table(turned, degeneracy=0.3), "trained")] == [FAILS] * 7
+
+
+def test_a_growing_norm_is_no_fixed_point():
+    growing = {**AS_PAPER, ("linear", "pre"): "direction only"}
+    assert stability(_table(growing), "trained")[0].verdict == FAILS
 
 
 def test_a_state_without_models_has_no_verdict():
@@ -420,4 +479,5 @@ def test_settings_and_cells_are_written_as_json_can_say_them(folder, found):
     import json
 
     kept = json.loads((folder / CELLS[0].name / "settings.json").read_text())
-    assert kept["cell"] == asdict(CELLS[0])
+    assert kept.items() >= asdict(CELLS[0]).items()
+    assert kept["text_steps"] == SMALL.text_steps and "steps" not in kept
