@@ -40,8 +40,8 @@ def write_dynamics(found: Dynamics, *, out: Path, name: str, about: str, command
     save_tables(found.parts, out)
     table = summary(found)
     save_csv(table, out / "layers.csv")
-    said = found.extrapolation.to_dataframe()
-    said = said[[c for c in said.columns if not c.endswith(("_std", "_prompts")) and "step" not in c]]
+    told = found.extrapolation.to_dataframe()
+    said: Any = told[[c for c in told.columns if not c.endswith(("_std", "_prompts")) and "step" not in c]]
     save_csv(said, out / "extrapolation.csv")
     spectrum = found.spectrum.to_dataframe().drop(columns="position", errors="ignore")
     for label, figure in _figures(found).items():

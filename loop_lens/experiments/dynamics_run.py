@@ -113,7 +113,7 @@ def measure_dynamics(
 def summary(found: Dynamics) -> pd.DataFrame:
     """One row per layer of the loop: where it is at the last iteration, and how its tokens behave."""
     last = found.convergence
-    limits = found.limits.to_dataframe()
+    limits: Any = found.limits.to_dataframe()
     limits = limits[limits["site"] == "resid_post"].drop_duplicates("layer")
     columns: dict[str, Any] = {"layer": range(last.n_layers)}
     for metric in (

@@ -62,7 +62,7 @@ def layer_grid(
 
 def figure_6(models: Mapping[Kind, Measured], *, layers: int) -> Any:
     """Left: cosine to the last state, the layers' mean and range; right: degeneracy. One line per model."""
-    figure, (left, right) = new_figure(8.6, 3.4, 1, 2, sharex=True, sharey=True)
+    figure, (left, right) = new_figure(8.6, 3.8, 1, 2, sharex=True, sharey=True)
     for k, norm in enumerate(NORMS):
         for injection in (True, False):
             found = models.get((layers, injection, norm))
@@ -78,7 +78,7 @@ def figure_6(models: Mapping[Kind, Measured], *, layers: int) -> Any:
             right.plot(_at(apart), apart, style, color=f"C{k}", linewidth=1.2)
     left.set(xlabel="iteration", ylabel="cosine", title="each layer to its own last state")
     right.set(xlabel="iteration", title="layer 0 to the farthest layer's last state")
-    left.legend(fontsize=7)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
     return figure
 
 

@@ -23,7 +23,7 @@ _NUMBERS = {
     "relative_distance": "distance / norm",
     "matrix_relative_distance": "same, matrix",
     "last_relative_step": "step / norm",
-    "last_norm": "norm",
+    "last_norm": "last norm",
     "radius": "radius",
 }
 
@@ -78,7 +78,7 @@ def write_results(
         "figure_31": figure_31(models),
         "steps": layer_grid(models, "relative_step", layers=main, log=True, ylabel="step / norm"),
     }.items():
-        save_figure(figure, out / f"{name}.png", dpi=90)
+        save_figure(figure, out / f"{name}.png", dpi=80)
     table = None
     if variants:
         table = tally(variants)
@@ -172,8 +172,10 @@ _METHOD = """
 The random part of [arXiv 2604.11791](https://arxiv.org/abs/2604.11791), run again: {depths} layers, looped {last}
 times, without prelude and coda; three norms, with and without injection (a linear map of [state; embedding]; then the
 loop starts from Gaussian noise, otherwise from the embedding); {seeds} seeds. Width {width}, {heads} heads, MLP four
-times as wide, {prompts} prompts of {length} random tokens, the same for all. The paper does not say how its weights
-are drawn. These are drawn by the one published rule for a looped model with injection, {init}.
+times as wide, {prompts} prompts of {length} random tokens, the same for all.
+
+The paper does not say how its weights are drawn. These are drawn as in the published model that has injection and this
+norm from the start: {init}.
 
 - *pre*: x += A(n x). *Huginn*: x = n'(x + A(n x)), on the stream itself. *Ouro*: x += n'(A(n x)), and the state is
   normed after every iteration.

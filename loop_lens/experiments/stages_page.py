@@ -88,7 +88,7 @@ def write_stages(
 
 
 def _by_recurrence(found: Stages) -> pd.DataFrame:
-    table = found.to_dataframe()
+    table: Any = found.to_dataframe()
     table["part"] = [
         segment if pd.isna(t) else f"recurrence {t}"
         for segment, t in zip(table["segment"], table["recurrence"], strict=True)

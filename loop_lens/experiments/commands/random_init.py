@@ -71,6 +71,8 @@ def main(
     ):
         if value != default and not quick:
             given += f" --{option} {value}"
+    if not variants and not quick:
+        given += " --no-variants"
     for verdict in write_results(results, tried, settings, out=out, command=given):
         typer.echo(str(verdict))
     typer.echo(f"page: {out.with_suffix('.md')}")
