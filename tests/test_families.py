@@ -39,6 +39,19 @@ def worst(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
 
 
+def off(ours: list[Tensor], goldens: list[Tensor]) -> float:
+    """The largest difference, in units of a stream's largest value where that is above 1.
+
+    Retrofitted OLMo's streams reach 8.8; its golden float32 numbers are up to 2.2e-5 from the same model
+    in float64, and ours, by processor, up to 1.5e-5 from the goldens.
+    """
+    assert len(ours) == len(goldens)
+    return max(
+        ((a - b).abs().max() / b.abs().max().clamp_min(1.0)).item()
+        for a, b in zip(ours, goldens, strict=True)
+    )
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("grad", [True, False])
 def test_golden_logits_and_firings_with_everything_cached(family: str, grad: bool) -> None:
@@ -47,7 +60,7 @@ def test_golden_logits_and_firings_with_everything_cached(family: str, grad: boo
         logits, cache = model.run_with_cache(expected["input_ids"])
     assert (logits - expected["logits"]).abs().max() < 1e-5
     ours = [cache[f"{firing.prefix}.hook_resid_post"] for firing in model.schedule]
-    assert worst(ours, firings_of(expected)) < 1e-5
+    assert off(ours, firings_of(expected)) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -56,7 +69,7 @@ def test_golden_firings_with_block_outputs_cached_alone(family: str) -> None:
     logits, cache = model.run_with_cache(expected["input_ids"], names_filter=model.names("resid_post"))
     assert (logits - expected["logits"]).abs().max() < 1e-5
     ours = [cache[f"blocks.{i}.hook_resid_post"] for i in range(len(model.blocks))]
-    assert worst(ours, firings_of(expected)) < 1e-5
+    assert off(ours, firings_of(expected)) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -77,7 +90,7 @@ def test_golden_logits_and_firings_with_a_key_value_cache(family: str, hooked: b
     ours = [torch.cat(parts, 1) for parts in zip(*streams, strict=True)]
     # The OLMo retrofit magnifies rounding by norming small branches: another order of sums, as a
     # cache makes, was seen to move a firing by 1.5e-5 in the reference forward too.
-    assert worst(ours, firings_of(expected)) < (3e-5 if family == "retrofit_olmo" else 1e-5)
+    assert off(ours, firings_of(expected)) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
