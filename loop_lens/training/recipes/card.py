@@ -21,7 +21,7 @@ _ARCHITECTURE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
     *("prelude_layers", "core_layers", "coda_layers", "recurrences", "block_norm", "qk_norm"),
     *("injection", "initial_state", "initial_state_std", "loop_norm", "exit_gate"),
-    *("tie_word_embeddings", "initializer_range"),
+    *("embedding_scale", "tie_word_embeddings", "initializer_range"),
 )
 
 
@@ -48,6 +48,7 @@ def write_card(
         "seed": seed,
         "steps": result.steps,
         "minutes": round(result.seconds / 60, 1),
+        "last_loss": round(float(result.log["loss"].tail(10).mean()), 4),
         "passed": {str(level): step for level, step in result.passed.items()},
         "settings": settings,
     }
@@ -81,7 +82,9 @@ def card(recipe: Recipe, model: LoopedTransformer, measured: Measured, training:
         f"## {SECTIONS[2]}",
         f"`python -m loop_lens.training {recipe.name} --folder FOLDER --seed {training['seed']}` makes it again; "
         f"the recipe is `loop_lens/training/recipes/{recipe.name.replace('-', '_')}.py`. Seed {training['seed']}, "
-        f"{training['steps']:,} steps, {training['minutes']} minutes on one thread of a shared CPU.",
+        f"{training['steps']:,} steps, {training['minutes']} minutes on one thread of a shared CPU; "
+        f"the training loss ended at {training['last_loss']} nats"
+        + (", less the gate's entropy." if _subtracts_entropy(training) else "."),
     ]
     if passed:
         parts += [
@@ -104,6 +107,11 @@ def card(recipe: Recipe, model: LoopedTransformer, measured: Measured, training:
         + (recipe.text_licence or "The training sequences are generated; there is no other data."),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _subtracts_entropy(training: Mapping[str, Any]) -> bool:
+    """Whether the training's loss subtracts an entropy."""
+    return training["settings"]["loss"]["kind"] == "ExitGateLoss"
 
 
 def curves(log: pd.DataFrame, passed: Mapping[int, int]) -> Any:
