@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from loop_lens.experiments.dynamics_run import Dynamics, summary
-from loop_lens.experiments.page import how_it_was_made, markdown_table, save_csv, save_figure, save_tables
+from loop_lens.experiments.page import (
+    how_it_was_made,
+    markdown_table,
+    notes_of,
+    save_csv,
+    save_figure,
+    save_tables,
+)
 
 _FIGURES = {
     "relative_step": "Step of each iteration relative to the norm, a line per layer, a spread over prompts around it.",
@@ -28,7 +35,7 @@ def write_dynamics(found: Dynamics, *, out: Path, name: str, about: str, command
 
     Args:
         found: What was measured.
-        out: The folder; the page is ``out.md``.
+        out: The folder; the page is ``out.md``. What stands in its ``notes.md`` goes into the page.
         name: The model's name.
         about: What ran: prompts, iterations, reference.
         command: The command that was given.
@@ -45,7 +52,7 @@ def write_dynamics(found: Dynamics, *, out: Path, name: str, about: str, command
     save_csv(said, out / "extrapolation.csv")
     spectrum = found.spectrum.to_dataframe().drop(columns="position", errors="ignore")
     for label, figure in _figures(found).items():
-        save_figure(figure, out / f"{label}.png", dpi=90)
+        save_figure(figure, out / f"{label}.png")
     parts = [
         f"# Dynamics of {name}",
         how_it_was_made(command),
@@ -56,6 +63,7 @@ def write_dynamics(found: Dynamics, *, out: Path, name: str, about: str, command
         markdown_table(spectrum),
         "## Against the number of iterations",
         markdown_table(said),
+        *notes_of(out),
         "## Figures",
         *(f"![{label}]({out.name}/{label}.png)\n\n*{text}*" for label, text in _FIGURES.items()),
     ]
@@ -65,11 +73,13 @@ def write_dynamics(found: Dynamics, *, out: Path, name: str, about: str, command
 
 
 def _figures(found: Dynamics) -> dict[str, Any]:
+    settling = found.settling.plot()
+    settling.set_size_inches(7, min(8, settling.get_size_inches()[1]))  # models have many heads
     return {
         "relative_step": found.convergence.plot("relative_step"),
         "cosine": found.convergence.plot("cosine"),
         "pattern_step": found.convergence.plot("pattern_step"),
-        "settling": found.settling.plot(),
+        "settling": settling,
         "pairs_attention": found.pairs.plot("frobenius"),
         "pairs_residual": found.pairs.plot("cosine"),
         "trajectories": found.trajectories.plot(),

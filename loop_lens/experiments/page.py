@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,20 @@ def how_it_was_made(command: str) -> str:
     return f"```bash\n{command}\n```\n\n{versions()}.\n"
 
 
-def save_figure(figure: Any, path: Path, *, dpi: int = 110) -> Path:
-    """Write a figure as PNG; without a date, so that the same figure is the same file."""
-    figure.savefig(path, dpi=dpi, metadata={"Software": None})
+def notes_of(out: Path) -> list[str]:
+    """What somebody wrote into the folder's ``notes.md``, which goes into the page whenever it is made."""
+    notes = out / "notes.md"
+    return [notes.read_text(encoding="utf-8")] if notes.exists() else []
+
+
+def save_figure(figure: Any, path: Path, *, dpi: int = 90) -> Path:
+    """Write a figure as a small PNG of 128 colours, without a date."""
+    from PIL import Image  # comes with matplotlib
+
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    with Image.open(buffer) as image:
+        image.convert("RGB").quantize(128).save(path, optimize=True)
     return path
 
 

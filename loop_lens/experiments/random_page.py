@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from loop_lens.experiments.page import how_it_was_made, markdown_table, save_csv, save_figure
+from loop_lens.experiments.page import how_it_was_made, markdown_table, notes_of, save_csv, save_figure
 from loop_lens.experiments.random_figures import figure_6, figure_31, layer_grid
 from loop_lens.experiments.random_init import Measured, Settings, pooled
 from loop_lens.experiments.random_models import INITS
@@ -78,12 +78,12 @@ def write_results(
         "figure_31": figure_31(models),
         "steps": layer_grid(models, "relative_step", layers=main, log=True, ylabel="step / norm"),
     }.items():
-        save_figure(figure, out / f"{name}.png", dpi=80)
+        save_figure(figure, out / f"{name}.png")
     table = None
     if variants:
         table = tally(variants)
         save_csv(table, out / "variants.csv")
-    page = _page(results, found, table, settings, main=main, notes=out / "notes.md", command=command)
+    page = _page(results, found, table, settings, main=main, out=out, command=command)
     out.with_suffix(".md").write_text(page, encoding="utf-8")
     return found
 
@@ -95,10 +95,10 @@ def _page(
     settings: Settings,
     *,
     main: int,
-    notes: Path,
+    out: Path,
     command: str,
 ) -> str:
-    spec, folder = results[0].of, notes.parent.name
+    spec, folder = results[0].of, out.name
     depths = sorted({result.of.layers for result in results})
     seeds = len({result.of.seed for result in results})
     rows: list[dict[str, str]] = []
@@ -148,8 +148,7 @@ def _page(
             markdown_table(variants),
             "Initialisations:\n\n" + "\n".join(f"- *{name}*: {text}." for name, (text, _) in INITS.items()),
         ]
-    if notes.exists():
-        parts.append(notes.read_text(encoding="utf-8"))
+    parts += notes_of(out)
     parts.append("## Figures\n")
     for name, text in _FIGURES.items():
         parts.append(f"![{name}]({folder}/{name}.png)\n\n*{text.format(layers=main, **_at(settings))}*\n")

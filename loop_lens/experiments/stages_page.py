@@ -7,7 +7,14 @@ from typing import Any
 
 import pandas as pd
 
-from loop_lens.experiments.page import how_it_was_made, markdown_table, save_csv, save_figure, save_tables
+from loop_lens.experiments.page import (
+    how_it_was_made,
+    markdown_table,
+    notes_of,
+    save_csv,
+    save_figure,
+    save_tables,
+)
 from loop_lens.results import Result
 from loop_lens.stages import Stages, stage_agreement
 
@@ -37,7 +44,7 @@ def write_stages(
     Args:
         found: A looped model's stages.
         against: A feed-forward model's, on the same prompts.
-        out: The folder; the page is ``out.md``.
+        out: The folder; the page is ``out.md``. What stands in its ``notes.md`` goes into the page.
         name: The model's name.
         other: The feed-forward model's name.
         about: What ran.
@@ -48,7 +55,7 @@ def write_stages(
     """
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Result] = {"stages": found}
-    parts = [f"# Stages of {name}", how_it_was_made(command), about]
+    parts = [f"# Stages of {name}", how_it_was_made(command), about, *notes_of(out)]
     if against is not None:
         results["against"] = against
         agreement = stage_agreement(found, against)
@@ -62,7 +69,7 @@ def write_stages(
             "model's at the same depths.",
             markdown_table(wide),
         ]
-        save_figure(agreement.plot(), out / "agreement.png", dpi=90)
+        save_figure(agreement.plot(), out / "agreement.png")
         parts.append(f"![agreement]({out.name}/agreement.png)")
     save_tables(results, out)
     save_csv(_by_recurrence(found), out / "recurrences.csv")
@@ -75,11 +82,12 @@ def write_stages(
         if metric not in found.metrics:
             continue
         for by in ("recurrence", "layer") if metric == "relative_entropy" else ("recurrence",):
-            figure = found.plot(metric, by, against=reference)
+            # By layer, every layer of the reference would be a line of its own.
+            figure = found.plot(metric, by, against=reference if by == "recurrence" else None)
             if metric.endswith("norm"):
                 figure.axes[0].set_yscale("log")
             label = metric if by == "recurrence" else f"{metric}_by_layer"
-            save_figure(figure, out / f"{label}.png", dpi=90)
+            save_figure(figure, out / f"{label}.png")
             words = text if by == "recurrence" else f"{text}, a line per layer of the loop"
             parts.append(f"![{label}]({out.name}/{label}.png)\n\n*{words[0].upper()}{words[1:]}.*")
     page = out.with_suffix(".md")
