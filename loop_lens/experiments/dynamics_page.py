@@ -52,7 +52,7 @@ def write_dynamics(found: Dynamics, *, out: Path, name: str, about: str, command
     save_csv(said, out / "extrapolation.csv")
     spectrum = found.spectrum.to_dataframe().drop(columns="position", errors="ignore")
     for label, figure in _figures(found).items():
-        save_figure(figure, out / f"{label}.png")
+        save_figure(figure, out / f"{label}.png", few_colours=label != "settling")
     parts = [
         f"# Dynamics of {name}",
         how_it_was_made(command),

@@ -55,14 +55,22 @@ def notes_of(out: Path) -> list[str]:
     return [notes.read_text(encoding="utf-8")] if notes.exists() else []
 
 
-def save_figure(figure: Any, path: Path, *, dpi: int = 90) -> Path:
-    """Write a figure as a small PNG of 128 colours, without a date."""
+def save_figure(figure: Any, path: Path, *, dpi: int = 90, few_colours: bool = True) -> Path:
+    """Write a figure as a small PNG, without a date.
+
+    Args:
+        figure: Of matplotlib.
+        path: Where to.
+        dpi: Pixels an inch.
+        few_colours: Whether 128 colours are enough, as for lines; not for thin marks on a heat map.
+    """
     from PIL import Image  # comes with matplotlib
 
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
-    with Image.open(buffer) as image:
-        image.convert("RGB").quantize(128).save(path, optimize=True)
+    with Image.open(buffer) as opened:
+        image = opened.convert("RGB")
+        (image.quantize(128) if few_colours else image).save(path, optimize=True)
     return path
 
 
