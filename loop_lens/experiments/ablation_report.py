@@ -22,6 +22,7 @@ from loop_lens.experiments.ablation_verdicts import (
     stability,
     summaries,
 )
+from loop_lens.experiments.page import how_it_was_made, markdown_table, notes_of, save_csv, save_figure
 from loop_lens.experiments.random_models import NORMS
 from loop_lens.figures import new_figure
 
@@ -38,7 +39,7 @@ def write_report(
     missing: Sequence[Cell] = (),
     options: str = "",
 ) -> list[Path]:
-    """Write ``out.md``, and the figures and tables that it names beside it.
+    """Write ``out.md``, and the figures and tables that it names in the folder ``out``.
 
     Args:
         found: What was measured.
@@ -50,24 +51,17 @@ def write_report(
     Returns:
         The files.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-
-    def beside(name: str, write: Callable[[Path], Any]) -> None:
-        path = out.with_name(f"{out.name}_{name}")
-        write(path)
-        written.append(path)
 
     tables = dict(_tables(found, settings))
     for name, table in tables.items():
         if not table.empty:
-            beside(
-                f"{name}.csv", lambda path, table=table: table.to_csv(path, index=False, float_format="%.5g")
-            )
+            written.append(save_csv(table, out / f"{name}.csv"))
     for name, figure in _figures(found):
-        beside(f"{name}.png", lambda path, figure=figure: figure.savefig(path, dpi=90))
+        written.append(save_figure(figure, out / f"{name}.png"))
     page = out.with_name(f"{out.name}.md")
-    page.write_text(_page(found, settings, out.name, tables, missing, options))
+    page.write_text(_page(found, settings, out, tables, missing, options), encoding="utf-8")
     return [page, *written]
 
 
@@ -137,7 +131,8 @@ def _stages(measured: Measured) -> pd.DataFrame:
 
 def _figures(found: Mapping[Cell, Measured]) -> Iterator[tuple[str, Any]]:
     yield "recurrences", _against_recurrences(found)
-    yield "convergence", _over_iterations(found)
+    for task in dict.fromkeys(cell.task for cell in found if cell.looped):
+        yield f"convergence_{task}", _over_iterations(found, task)
     yield "training", _training(found)
     if any(cell.task == "text" and cell.norm == "pre" for cell in found):
         yield "stages", _over_depth(found)
@@ -176,28 +171,27 @@ def _against_recurrences(found: Mapping[Cell, Measured]) -> Any:
     for axes in panels[-1]:
         axes.set_xlabel("iterations")
     _share_y(panels)
-    _legend(panels[0])
+    _legend(panels)
     return figure
 
 
-def _over_iterations(found: Mapping[Cell, Measured]) -> Any:
-    tasks, norms = _rows(found)
+def _over_iterations(found: Mapping[Cell, Measured], task: str) -> Any:
+    _, norms = _rows(found)
     states = ("initial", "trained")
-    figure, panels = _panels(2 * len(tasks), len(norms), sharex=True)
-    for i, task in enumerate(tasks):
+    figure, panels = _panels(len(states), len(norms), sharex=True)
+    for j, state in enumerate(states):
         for k, norm in enumerate(norms):
-            for j, state in enumerate(states):
-                axes = panels[2 * i + j][k]
-                for _, measured, look in _main(found, task, norm):
-                    if state in measured.moves:
-                        values = measured.moves[state].mean("relative_distance").amax(1).clamp_min(1e-8)
-                        axes.plot(range(1, len(values) + 1), values, linewidth=1.2, **look)
-                axes.set_yscale("log")
-                axes.set(title=f"{task}, {norm}, {state}", ylabel="distance / norm" if k == 0 else "")
+            axes = panels[j][k]
+            for _, measured, look in _main(found, task, norm):
+                if state in measured.moves:
+                    values = measured.moves[state].mean("relative_distance").amax(1).clamp_min(1e-8)
+                    axes.plot(range(1, len(values) + 1), values, linewidth=1.0, **look)
+            axes.set_yscale("log")
+            axes.set(title=f"{task}, {norm}, {state}", ylabel="distance / norm" if k == 0 else "")
     for axes in panels[-1]:
         axes.set_xlabel("iterations")
     _share_y(panels)
-    _legend(panels[0])
+    _legend(panels)
     return figure
 
 
@@ -220,7 +214,7 @@ def _training(found: Mapping[Cell, Measured]) -> Any:
                 )
             axes.set(title=f"{task}, {norm}", xlabel="step", ylabel="training loss" if k == 0 else "")
     _share_y(panels)
-    _legend(panels[-1])
+    _legend(panels)
     return figure
 
 
@@ -255,7 +249,7 @@ def _over_depth(found: Mapping[Cell, Measured]) -> Any:
             )
     for axes in panels[-1]:
         axes.set_xlabel("% of depth")
-    _legend(panels[0][:1])
+    _legend(panels)
     return figure
 
 
@@ -271,23 +265,27 @@ def _share_y(panels: Any) -> None:
             axes.set_ylim(low, high)
 
 
-def _legend(row: Any) -> None:
-    for axes in row:
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=6)
+def _legend(panels: Any) -> None:
+    """Every label once, in the first panel that has any."""
+    named: dict[str, Any] = {}
+    for axes in panels.flat:
+        named |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if named:
+        first = next(axes for axes in panels.flat if axes.get_legend_handles_labels()[0])
+        first.legend(list(named.values()), list(named), fontsize=6)
 
 
 def _page(
     found: Mapping[Cell, Measured],
     settings: Settings,
-    name: str,
+    out: Path,
     tables: Mapping[str, pd.DataFrame],
     missing: Sequence[Cell],
     options: str,
 ) -> str:
     synthetic = next((cell.task for cell in found if cell.task != "text"), "no synthetic task")
     seconds = sum(float(measured.log["seconds"][-1]) for measured in found.values())
-    how = settings.measuring
+    name, how = out.name, settings.measuring
     verdicts: list[Verdict] = []
     for state in ("initial", "trained"):
         verdicts += stability(tables["dynamics"], state)
@@ -295,11 +293,10 @@ def _page(
     lines = [
         "# Injection, norm placement and block size in small looped models",
         "",
-        f"    python -m loop_lens.experiments ablation{options}",
-        "",
+        how_it_was_made(f"python -m loop_lens.experiments ablation{options}"),
         f"{len(found)} models were trained and measured here, d_model {settings.width}, 4 heads, gated MLP of "
-        f"{settings.mlp}, {TRAINED} iterations in training, on {synthetic} (modulo or of {settings.symbols}, level "
-        f"{settings.level}; {settings.steps} steps of {settings.batch} sequences) and on text (Python's own "
+        f"{settings.mlp}, {TRAINED} iterations in training, on {synthetic} ({settings.symbols} symbols, "
+        f"level {settings.level}; {settings.steps} steps of {settings.batch} sequences) and on text (Python's own "
         f"documentation, {settings.vocabulary} tokens, windows of {settings.window}; {settings.text_steps} steps of "
         f"{settings.text_batch}), AdamW at {settings.lr:g}, in {seconds / 60:.0f} minutes of training. The text "
         "seen is a small part of one epoch: these are barely trained language models. Seeds are in the names "
@@ -318,22 +315,25 @@ def _page(
         f"Each loop is followed for {how.iterations} iterations, and compared with its state after {how.reference}. "
         f"It is at a *fixed point* if in the last quarter the cosine to that state, mean over test tokens, is at least "
         f"{STABLE} at every layer and iteration (1 - tau of the paper's Algorithm 1), and the norm grows by at most "
-        f"{GROWS - 1:.0%} in the second half; *direction only* if the norm grows on; on an *orbit* if it leaves that "
+        f"{GROWS - 1:.0%} in the second half; *direction only* if the norm grows on, a "
+        "*drift* if it grows on and the direction changes; on an *orbit* if it leaves that "
         f"state and comes back to within {BACK} of its norm; or none of these. A claim holds if all models agree, does "
         "not hold if fewer than half do, and cannot be told at this size in between. The paper makes the first seven "
         "claims of models with random weights; they are tested before training and after.",
         "",
-        _markdown(pd.DataFrame([vars(v) for v in verdicts])),
+        markdown_table(pd.DataFrame([vars(v) for v in verdicts])),
+        "",
+        *notes_of(out),
         "",
         "## Beyond the trained iterations",
         "",
         f"Not in the paper. Accuracy lasts if at most {LOST} is lost.",
         "",
-        _markdown(pd.DataFrame([vars(v) for v in beyond_training(found)[1]])),
+        markdown_table(pd.DataFrame([vars(v) for v in beyond_training(found)[1]])),
         "",
-        f"![Accuracy and loss against iterations]({name}_recurrences.png)",
+        f"![Accuracy and loss against iterations]({name}/recurrences.png)",
         "",
-        _markdown(tables["extrapolation"].drop(columns=["injection", "norm"])),
+        markdown_table(tables["extrapolation"].drop(columns=["injection", "norm"])),
         "",
         "## Dynamics",
         "",
@@ -342,41 +342,38 @@ def _page(
         "second half, degeneracy (least cosine of layer 0 to any layer's state there), step over the norm; and the "
         "spectral radius of the last iteration's Jacobian at the state that it was run at.",
         "",
-        _markdown(tables["dynamics"][["cell", "state", "kind", *_MEASURED]]),
+        markdown_table(tables["dynamics"][["cell", "state", "kind", *_MEASURED]]),
         "",
-        f"![Distance to iteration {how.reference}]({name}_convergence.png)",
+        *(
+            f"![{task}: distance to iteration {how.reference}]({name}/convergence_{task}.png)"
+            for task in dict.fromkeys(cell.task for cell in found if cell.looped)
+        ),
         "",
         "## Stages on text",
         "",
     ]
     if not tables["organisation"].empty:
-        lines += [_markdown(tables["organisation"]), "", f"![Stages by recurrence]({name}_stages.png)", ""]
+        lines += [
+            markdown_table(tables["organisation"]),
+            "",
+            f"![Stages by recurrence]({name}/stages.png)",
+            "",
+        ]
     if not tables["matches"].empty:
         lines += [
             "Distance of the curves of concentration, sink rate and mixing score (over log T) over % of depth to "
             "those of the feed-forward references, root mean square, mean over recurrences:",
             "",
-            _markdown(tables["matches"]),
+            markdown_table(tables["matches"]),
             "",
         ]
-    ending = [f"`{name}_{table}.csv`" for table, values in tables.items() if not values.empty]
+    ending = [f"`{name}/{table}.csv`" for table, values in tables.items() if not values.empty]
     lines += [
         "## Training",
         "",
-        f"![Training loss]({name}_training.png)",
+        f"![Training loss]({name}/training.png)",
         "",
         f"Tables: {', '.join(ending)}.",
         "",
     ]
-    return "\n".join(lines)
-
-
-def _markdown(table: Any) -> str:
-    """A table in markdown, numbers to three digits."""
-
-    def cell(value: Any) -> str:
-        return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-    lines = [f"| {' | '.join(map(str, table.columns))} |", "|" + " --- |" * len(table.columns)]
-    lines += [f"| {' | '.join(map(cell, row))} |" for row in table.itertuples(index=False)]
     return "\n".join(lines)

@@ -210,9 +210,9 @@ def test_the_report_names_its_files_and_what_is_missing(found, tmp_path):
     assert f"Not measured: {missing.name}" in page
     assert "ablation --seed 0" in page
     for path in paths[1:]:
-        assert path.name in page
+        assert f"ablation/{path.name}" in page
         assert 0 < path.stat().st_size < 150_000
-    dynamics = pd.read_csv(tmp_path / "ablation_dynamics.csv")
+    dynamics = pd.read_csv(tmp_path / "ablation" / "dynamics.csv")
     assert len(dynamics) == 8  # four looped models, before and after training
 
 
@@ -296,6 +296,7 @@ def test_measuring_needs_a_reference_beyond():
         ({"cosine": 0.99, "growth": 1.5, "nearest": 0.5}, "direction only"),
         ({"cosine": 0.5, "growth": 1.0, "nearest": 0.01}, "orbit"),
         ({"cosine": 0.5, "growth": 1.0, "nearest": 0.5}, "none"),
+        ({"cosine": 0.9, "growth": 1.5, "nearest": 0.5}, "drift"),
         ({"cosine": math.nan, "growth": math.nan, "nearest": math.nan}, "diverged"),
     ],
 )
@@ -424,7 +425,7 @@ def _fake(trained=None, initial=None, said=None):
     ("trained", "verdict"),
     [
         ([[1.0, 3.0, 2.0]] * 3, HOLDS),  # layers differ, and every recurrence repeats it
-        ([[1.0, 1.1, 1.05]] * 3, FAILS),  # layers are alike
+        ([[1.0, 1.02, 1.01]] * 3, FAILS),  # layers are alike
         ([[1.0, 3.0, 2.0], [3.0, 1.0, 0.5]], FAILS),  # recurrences differ
     ],
 )
