@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,20 @@ def test_what_ships() -> None:
 def test_all_of_it_is_small() -> None:
     folder = Path(loop_lens.__file__).parent / "shipped"
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 20e6
+
+
+def test_the_wheel_takes_all_of_it() -> None:
+    root = Path(__file__).parent.parent
+    target = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"][
+        "wheel"
+    ]
+    # Hatch packs every file of the package but those that git ignores.
+    assert target == {"packages": ["loop_lens"]}
+    ignored = [line.rstrip("/") for line in (root / ".gitignore").read_text().split()]
+    for file in (root / "loop_lens" / "shipped").rglob("*"):
+        parts = file.relative_to(root).parts
+        if "__pycache__" not in parts:
+            assert not any(fnmatch(part, pattern) for part in parts for pattern in ignored), file
 
 
 @pytest.mark.parametrize("name", NAMES)
