@@ -290,6 +290,7 @@ def _page(
     for state in ("initial", "trained"):
         verdicts += stability(tables["dynamics"], state)
     verdicts += self_organisation(found)[1] + matches(found, settings.window)[1]
+    dynamics: Any = tables["dynamics"][["cell", "state", "learnt", "kind", *_MEASURED]]
     lines = [
         "# Injection, norm placement and block size in small looped models",
         "",
@@ -319,7 +320,8 @@ def _page(
         "*drift* if it grows on and the direction changes; on an *orbit* if it leaves that "
         f"state and comes back to within {BACK} of its norm; or none of these. A claim holds if all models agree, does "
         "not hold if fewer than half do, and cannot be told at this size in between. The paper makes the first seven "
-        "claims of models with random weights; they are tested before training and after.",
+        "claims of models with random weights; they are tested before training and, where a model learnt more "
+        "than to name one token everywhere, after.",
         "",
         markdown_table(pd.DataFrame([vars(v) for v in verdicts])),
         "",
@@ -342,7 +344,7 @@ def _page(
         "second half, degeneracy (least cosine of layer 0 to any layer's state there), step over the norm; and the "
         "spectral radius of the last iteration's Jacobian at the state that it was run at.",
         "",
-        markdown_table(tables["dynamics"][["cell", "state", "kind", *_MEASURED]]),
+        markdown_table(dynamics),
         "",
         *(
             f"![{task}: distance to iteration {how.reference}]({name}/convergence_{task}.png)"

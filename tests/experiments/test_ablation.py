@@ -325,6 +325,7 @@ def _table(kinds, degeneracy=0.99):
         {
             "state": "trained",
             "outer": 1,
+            "learnt": True,
             "injection": i,
             "norm": n,
             "kind": k,
@@ -354,6 +355,14 @@ def test_stability_does_not_hold_where_models_are_the_other_way_round():
     stable = ("fixed point", "direction only")
     turned = {key: "orbit" if kind in stable else "fixed point" for key, kind in AS_PAPER.items()}
     assert [v.verdict for v in stability(_table(turned, degeneracy=0.3), "trained")] == [FAILS] * 7
+
+
+def test_a_model_that_learnt_nothing_says_nothing_after_training():
+    table = _table(AS_PAPER)
+    table["learnt"] = False
+    assert {v.verdict for v in stability(table, "trained")} == {UNTOLD}
+    table["state"] = "initial"
+    assert {v.verdict for v in stability(table, "initial")} == {HOLDS}
 
 
 def test_a_growing_norm_is_no_fixed_point():
