@@ -44,11 +44,12 @@ def write_card(
         seed: The training's seed.
     """
     settings = recipe.training(seed).to_json()
+    losses: list[float] = result.log["loss"].tolist()[-10:]
     training = {
         "seed": seed,
         "steps": result.steps,
         "minutes": round(result.seconds / 60, 1),
-        "last_loss": round(float(result.log["loss"].tail(10).mean()), 4),
+        "last_loss": round(sum(losses) / len(losses), 4),
         "passed": {str(level): step for level, step in result.passed.items()},
         "settings": settings,
     }
