@@ -464,6 +464,25 @@ def test_the_best_match_is_the_nearest(nearest, verdict):
     assert len(table) == 3
 
 
+def test_a_best_match_that_depends_on_the_reference_cannot_be_told():
+    near, far = [1.0, 2.0, 3.0], [3.0, 5.0, 9.0]
+    found = {
+        Cell("text", core=3): _fake(_stages([near] * 2)),
+        Cell("text", "pre", "linear", 3): _fake(_stages([far] * 2)),
+        Cell("text", core=3, outer=0): _fake(_stages([[9.0, 9.0, 9.0]] * 2)),
+        Cell("text", core=3, recurrences=1): _fake(_stages(near)),
+        Cell("text", core=3, recurrences=1, seed=1): _fake(_stages(far)),
+    }
+    assert matches(found, 10)[1][0].verdict == UNTOLD
+
+
+def test_what_was_not_learnt_cannot_be_lost():
+    nothing = dict.fromkeys((1, 4, 8, 32), (6.0, 0.03))
+    table, verdicts = beyond_training({Cell("text"): _fake(said=nothing)})
+    assert not table["learnt"].any()
+    assert {v.verdict for v in verdicts} == {UNTOLD}
+
+
 def test_without_a_reference_there_is_nothing_to_match():
     table, verdicts = matches({Cell("text", core=3): _fake(_stages([[1.0, 2.0, 3.0]] * 2))}, 10)
     assert table.empty and not verdicts
