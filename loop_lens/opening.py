@@ -20,7 +20,10 @@ from transformer_lens.model_bridge.sources._bridge_builder import (
     build_bridge_config_from_hf,
     configure_tokenizer,
 )
-from transformer_lens.model_bridge.sources._hf_format import determine_architecture_from_hf_config
+from transformer_lens.model_bridge.sources._hf_format import (
+    determine_architecture_from_hf_config,
+    setup_tokenizer,
+)
 from transformer_lens.utilities.attn_implementation import force_eager_attention
 from transformers import AutoModelForCausalLM, AutoTokenizer, HrmTextForCausalLM, PreTrainedTokenizerFast
 
@@ -262,8 +265,21 @@ def _open(model: nn.Module, adapter: Any, tokenizer: Any, body: LoopBody) -> Hoo
             # Made in memory: transformer-lens would load it anew to have BOS tokens added, from nowhere.
             tokenizer = copy.deepcopy(tokenizer)
             tokenizer.init_kwargs |= {"name_or_path": "in memory", "add_bos_token": True}
-        tokenizer = configure_tokenizer(tokenizer, adapter.cfg)
+        tokenizer = _configured(tokenizer, adapter.cfg)
     return HookedLoopedTransformer(model, adapter, tokenizer, body)
+
+
+def _configured(tokenizer: Any, cfg: Any) -> Any:
+    """A tokenizer as transformer-lens wants it, which tries it on the text "a"."""
+    closed = tokenizer.unk_token is None and type(_model_of(tokenizer)).__name__ == "WordLevel"
+    if not closed or "a" in tokenizer.get_vocab():
+        return configure_tokenizer(tokenizer, cfg)
+    cfg.tokenizer_prepends_bos = cfg.tokenizer_appends_eos = False
+    return setup_tokenizer(tokenizer, default_padding_side=getattr(cfg, "default_padding_side", None))
+
+
+def _model_of(tokenizer: Any) -> Any:
+    return getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
 
 
 def _prepends_bos(config: LoopedConfig, tokenizer: Any) -> bool:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import loop_lens
-from loop_lens.data import HopsTask
+from loop_lens import LoopedConfig, LoopedTransformer
+from loop_lens.data import AdditionTask, HopsTask
 from loop_lens.shipped import shipped_folder
 from loop_lens.training.recipes import RECIPES
 from loop_lens.training.recipes.card import CARD, CURVES, MEASUREMENTS, SECTIONS
@@ -225,3 +226,13 @@ def test_words_is_better_than_counting_words() -> None:
 def test_a_name_that_does_not_ship() -> None:
     with pytest.raises(FileNotFoundError, match="loop-lens/hops"):
         loop_lens.boot("loop-lens/skips")
+
+
+def test_a_closed_vocabulary_without_the_letter_a_opens() -> None:
+    task = AdditionTask()
+    model = LoopedTransformer(LoopedConfig(vocab_size=task.vocab_size, hidden_size=16, intermediate_size=32))
+    opened = loop_lens.wrap(model, tokenizer=task.tokenizer)
+    assert opened.to_tokens("3 9 = _").tolist() == [
+        task.tokenizer.convert_tokens_to_ids(["3", "9", "=", "_"])
+    ]
+    assert opened.cfg.tokenizer_prepends_bos is False

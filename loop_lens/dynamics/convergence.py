@@ -80,7 +80,9 @@ class Convergence(Result):
         at = list(range(len(self.iterations)))
         for layer in range(self.n_layers):
             (line,) = axes.plot(at, values[:, layer], "-", label=f"layer {layer}")
-            low, high = values[:, layer] - spread[:, layer], values[:, layer] + spread[:, layer]
+            middle, high = values[:, layer], values[:, layer] + spread[:, layer]
+            # On a logarithmic axis the band is as wide below as above, so that it never falls to zero.
+            low = middle - spread[:, layer] if "cosine" in metric else middle**2 / high
             axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         if metric in ("step", "distance"):
             axes.plot(at, self.mean("floor")[:, 0], ":", color="gray", label="rounding")

@@ -23,6 +23,10 @@ RATES = ("contraction", "step_angle")
 _TINY = torch.finfo(torch.float32).tiny
 
 
+_ROUNDING = 10
+"""Steps of a settled loop-lens/hops are 2.6 times the dtype's spacing at the state's norm, at random angles."""
+
+
 @dataclass(frozen=True)
 class LocalDynamics(Result):
     """How the trajectories of tokens run, per iteration and layer.
@@ -128,7 +132,7 @@ class LocalProbe(StateProbe):
         self._collector.put(slice(0, 2), cell, torch.stack([length, net / path.clamp_min(_TINY)]), self.mask)
         if trail.step is not None and trail.length is not None:
             # A step as small as what rounding changes says nothing about its direction or rate.
-            floor = x.norm(dim=-1) * torch.finfo(value.dtype).eps
+            floor = _ROUNDING * x.norm(dim=-1) * torch.finfo(value.dtype).eps
             resolved = (length > floor) & (trail.length > floor)
             turn = (step - trail.step).norm(dim=-1)
             self._collector.put(slice(2, 4), cell, torch.stack([turn, resolved.float()]), self.mask)
@@ -175,7 +179,7 @@ def local_dynamics(
     slowest eigenvalue that is excited; ``step_angle`` between D_t and D_{t-1}, in radians (0 straight on, pi
     back); ``acceleration`` ||D_t - D_{t-1}||; ``drift_to_loop`` ||x_t - x_0|| / sum of ||D_s|| for s up to t,
     the net displacement per length of path (1 on a straight line, towards 0 on an orbit). Contraction and
-    angle leave out tokens whose steps are as small as the dtype's rounding; ``resolved`` is the share of
+    angle leave out tokens whose steps are within ten times the dtype's rounding; ``resolved`` is the share of
     those that count. Only the first state and the last step are kept, so memory does not grow with R.
 
     Args:
