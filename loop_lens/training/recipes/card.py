@@ -67,7 +67,7 @@ def card(recipe: Recipe, model: LoopedTransformer, measured: Measured, training:
     parts = [
         f"# loop-lens/{recipe.name}",
         f"{recipe.summary} {n_parameters:,} parameters.",
-        f'```python\nimport loop_lens\nmodel = loop_lens.boot("loop-lens/{recipe.name}")\n```',
+        f'```python\nimport loop_lens\n\nmodel = loop_lens.boot("loop-lens/{recipe.name}")\n```',
         f"## {SECTIONS[0]}",
         recipe.intended,
         f"## {SECTIONS[1]}",
