@@ -4,8 +4,9 @@
 
 The unit is one forward that exposes every attention pattern (a hook that does nothing on each). What is
 measured: M1 to M6 and M9 of arXiv 2604.11791 (`convergence`, with the last iteration as reference, so the
-loop runs twice), the stages (`stages`), and both in one run. Memory is the peak beyond what was there
-before, of processes of their own.
+loop runs twice), the stages (`stages`), both at once, and both at once with the states of one run kept
+(`keep=True`). Memory is the peak beyond what was there before, of processes of their own, after a first
+forward with hooks has made the bridges of all firings, which stay and grow with R.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from loop_lens.dynamics.convergence import ConvergenceProbe
 from loop_lens.stages import StagesProbe
 from loop_lens.streaming import measure
 
-RUNS = ("forward", "convergence", "stages", "both")
+RUNS = ("forward", "convergence", "stages", "both", "both, kept")
 
 
 def native(recurrences: int) -> tuple[Any, Tensor]:
@@ -55,11 +56,12 @@ def job(model: Any, tokens: Tensor, how: str) -> Callable[[], Any]:
 
     def run() -> None:
         probes: list[Any] = []
-        if how in ("convergence", "both"):
-            probes.append(ConvergenceProbe(model, reference=model.recurrences))
-        if how in ("stages", "both"):
+        keep = how == "both, kept"
+        if how != "stages":
+            probes.append(ConvergenceProbe(model, reference=model.recurrences, keep=keep))
+        if how != "convergence":
             probes.append(StagesProbe(model))
-        reference = None if how == "stages" else model.recurrences
+        reference = None if keep or how == "stages" else model.recurrences
         measure(model, tokens, probes, reference=reference, progress=False)
 
     return run
@@ -68,13 +70,13 @@ def job(model: Any, tokens: Tensor, how: str) -> Callable[[], Any]:
 @torch.no_grad()
 def _memory(recurrences: int, how: str, queue: Any) -> None:
     model, tokens = native(recurrences)
-    model(tokens)
+    job(model, tokens, "forward")()
     queue.put(peak_of(job(model, tokens, how)))
 
 
 def memory() -> None:
     """Print peaks against R."""
-    print("peak memory, MiB: " + ", ".join(RUNS))
+    print("peak memory, MiB: " + "; ".join(RUNS))
     context = get_context("spawn")
     for recurrences in (32, 64, 128):
         peaks: list[float] = []
