@@ -168,12 +168,18 @@ assert abs(term) < 0.5
 # %%
 shapes = {
     "as Huginn": {"block_norm": "post_residual", "injection": "linear", "post_loop_norm": True},
-    "as Ouro": {"block_norm": "sandwich", "loop_norm": True, "prelude_layers": 0, "coda_layers": 0},
+    "as Ouro": {
+        "block_norm": "sandwich",
+        "injection": "none",
+        "loop_norm": True,
+        "prelude_layers": 0,
+        "coda_layers": 0,
+    },
     "as a retrofit": {"block_norm": "pre", "injection": "linear"},
 }
 for shape, options in shapes.items():
     torch.manual_seed(0)
-    start = "noise" if options.get("injection") else "prelude"
+    start = "prelude" if options["injection"] == "none" else "noise"
     config = loop_lens.LoopedConfig(
         vocab_size=50,
         hidden_size=32,
