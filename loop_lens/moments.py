@@ -84,6 +84,25 @@ class Moments(Result):
         return pd.DataFrame(columns)
 
 
+class Measured(Result):
+    """Base of results whose numbers are moments; what the cells are, each says of its ``moments``."""
+
+    moments: Moments
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics."""
+        return self.moments.metrics
+
+    def mean(self, metric: str, *, over: Over = "values") -> Tensor:
+        """Mean [*cell] over all values, or over the prompts' means; NaN where there is none."""
+        return self.moments.mean(metric, over=over)
+
+    def std(self, metric: str, *, over: Over = "values") -> Tensor:
+        """Standard deviation [*cell] of all values, or of the prompts' means."""
+        return self.moments.std(metric, over=over)
+
+
 class Collector:
     """Takes values while a batch runs, and adds them to moments when it is over.
 

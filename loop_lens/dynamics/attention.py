@@ -20,8 +20,8 @@ from loop_lens.dynamics.distances import (
     total_variation,
 )
 from loop_lens.figures import new_figure
-from loop_lens.moments import Collector, Moments, Over
-from loop_lens.results import Result, require_alike
+from loop_lens.moments import Collector, Measured, Moments
+from loop_lens.results import require_alike
 from loop_lens.schedule import Firing, Iteration
 from loop_lens.streaming import Batch, Ends, measure, shared
 
@@ -29,7 +29,7 @@ Of = Literal["step", "distance"]
 
 
 @dataclass(frozen=True)
-class AttentionSettling(Result):
+class AttentionSettling(Measured):
     """How each head's pattern moves per iteration.
 
     Attributes:
@@ -58,22 +58,9 @@ class AttentionSettling(Result):
         return self.moments.axes["iteration"]
 
     @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics."""
-        return self.moments.metrics
-
-    @property
     def share_settled(self) -> Tensor:
         """Share of the prompts on which a head has settled by an iteration [iteration layer head]."""
         return self.settled_prompts / self.prompts
-
-    def mean(self, metric: str, *, over: Over = "values") -> Tensor:
-        """Mean [iteration layer head]; NaN where there is none (steps of the first iteration)."""
-        return self.moments.mean(metric, over=over)
-
-    def std(self, metric: str, *, over: Over = "values") -> Tensor:
-        """Standard deviation [iteration layer head]."""
-        return self.moments.std(metric, over=over)
 
     def floor(self, metric: str | None = None) -> Tensor:
         """What rounding the pattern itself to the model's dtype moves it by [iteration layer head].

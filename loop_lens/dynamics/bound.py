@@ -36,8 +36,8 @@ from loop_lens.bridge import HookedLoopedTransformer
 from loop_lens.dynamics.attention import by_head
 from loop_lens.dynamics.distances import frobenius_rows, require_two_tokens, total_variation
 from loop_lens.figures import new_figure
-from loop_lens.moments import Collector, Moments, Over
-from loop_lens.results import Result, require_alike
+from loop_lens.moments import Collector, Measured, Moments
+from loop_lens.results import require_alike
 from loop_lens.schedule import Firing, Iteration
 from loop_lens.streaming import Batch, Ends, measure, shared
 
@@ -48,7 +48,7 @@ _UNTURNED = ("standard", "alibi", "none")  # positions that do not turn queries 
 
 
 @dataclass(frozen=True)
-class AttentionBound(Result):
+class AttentionBound(Measured):
     """Attention's step and its bounds, per head.
 
     Attributes:
@@ -71,10 +71,6 @@ class AttentionBound(Result):
     def iterations(self) -> tuple[Iteration, ...]:
         """The loop's iterations, in order."""
         return self.moments.axes["iteration"]
-
-    def mean(self, metric: str, *, over: Over = "values") -> Tensor:
-        """Mean [iteration layer head]; NaN at the first iteration, which has no step."""
-        return self.moments.mean(metric, over=over)
 
     def holds(self, ratio: str = "ratio") -> bool:
         """Whether a bound held on every prompt, head, layer and iteration."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from loop_lens.bridge import HookedLoopedTransformer
 from loop_lens.figures import new_figure
-from loop_lens.moments import Collector, Moments, Over
-from loop_lens.results import Result, require_alike
+from loop_lens.moments import Collector, Measured, Moments
+from loop_lens.results import require_alike
 from loop_lens.schedule import Firing, Iteration
 from loop_lens.streaming import Batch, Ends, measure, shared
 
@@ -24,7 +24,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
-class Convergence(Result):
+class Convergence(Measured):
     """How each layer settles, per iteration.
 
     Attributes:
@@ -46,19 +46,6 @@ class Convergence(Result):
     def n_layers(self) -> int:
         """Layers of the loop."""
         return len(self.moments.axes["layer"])
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics."""
-        return self.moments.metrics
-
-    def mean(self, metric: str, *, over: Over = "values") -> Tensor:
-        """Mean [iteration layer]; NaN where there is none (steps of the first iteration)."""
-        return self.moments.mean(metric, over=over)
-
-    def std(self, metric: str, *, over: Over = "values") -> Tensor:
-        """Standard deviation over what went in, or over prompts' means [iteration layer]."""
-        return self.moments.std(metric, over=over)
 
     def merge(self, other: Convergence) -> Convergence:
         """The result on both results' prompts.

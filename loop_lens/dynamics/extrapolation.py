@@ -19,8 +19,8 @@ from loop_lens.interventions.sites import Spot, spot
 from loop_lens.lenses.readers import coda_start, is_normed, read_stream, run_coda
 from loop_lens.lenses.readout import CHUNK
 from loop_lens.loopify import WindowBody
-from loop_lens.moments import Collector, DivergedError, Moments, Over
-from loop_lens.results import Result, require_alike
+from loop_lens.moments import Collector, DivergedError, Measured, Moments
+from loop_lens.results import require_alike
 from loop_lens.schedule import Firing
 from loop_lens.streaming import Batch, Ends, batches_of, measure, shared
 
@@ -31,7 +31,7 @@ _MOVES = ("norm", "step", "relative_step", "step_cosine")
 
 
 @dataclass(frozen=True)
-class Extrapolation(Result):
+class Extrapolation(Measured):
     """What a model says after R iterations.
 
     Attributes:
@@ -48,19 +48,6 @@ class Extrapolation(Result):
     def recurrences(self) -> tuple[int, ...]:
         """The numbers of iterations, in order."""
         return self.moments.axes["recurrences"]
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics of what is said."""
-        return self.moments.metrics
-
-    def mean(self, metric: str, *, over: Over = "values") -> Float[Tensor, " recurrences"]:
-        """Mean over labelled tokens, or over the prompts' means."""
-        return self.moments.mean(metric, over=over)
-
-    def std(self, metric: str, *, over: Over = "values") -> Float[Tensor, " recurrences"]:
-        """Standard deviation over labelled tokens, or over the prompts' means."""
-        return self.moments.std(metric, over=over)
 
     def merge(self, other: Extrapolation) -> Extrapolation:
         """The result on both results' prompts.

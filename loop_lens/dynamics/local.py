@@ -12,8 +12,8 @@ from torch import Tensor
 from loop_lens.bridge import HookedLoopedTransformer
 from loop_lens.dynamics.states import Column, StateProbe, tidy
 from loop_lens.figures import new_figure
-from loop_lens.moments import Collector, Moments, Over
-from loop_lens.results import Result, require_alike
+from loop_lens.moments import Collector, Measured, Moments
+from loop_lens.results import require_alike
 from loop_lens.schedule import Iteration
 from loop_lens.streaming import Batch, Ends, shared
 
@@ -28,7 +28,7 @@ _ROUNDING = 10
 
 
 @dataclass(frozen=True)
-class LocalDynamics(Result):
+class LocalDynamics(Measured):
     """How the trajectories of tokens run, per iteration and layer.
 
     Attributes:
@@ -49,19 +49,6 @@ class LocalDynamics(Result):
     def layers(self) -> tuple[Column, ...]:
         """The loop's layers, then ``"state"``."""
         return self.moments.axes["layer"]
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics."""
-        return self.moments.metrics
-
-    def mean(self, metric: str, *, over: Over = "values") -> Tensor:
-        """Mean [iteration layer]; NaN where there is none."""
-        return self.moments.mean(metric, over=over)
-
-    def std(self, metric: str, *, over: Over = "values") -> Tensor:
-        """Standard deviation over tokens, or over prompts' means [iteration layer]."""
-        return self.moments.std(metric, over=over)
 
     def merge(self, other: LocalDynamics) -> LocalDynamics:
         """The result on both results' prompts.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from loop_lens.figures import new_figure
-from loop_lens.moments import Moments, Over
-from loop_lens.results import Result, require_alike
+from loop_lens.moments import Measured, Moments
+from loop_lens.results import require_alike
 from loop_lens.schedule import Iteration
 
 By = Literal["depth", "recurrence", "layer"]
@@ -42,7 +42,7 @@ class Curve(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stages(Result):
+class Stages(Measured):
     """What attention and the residual stream do at every firing.
 
     Attributes:
@@ -59,11 +59,6 @@ class Stages(Result):
     sink_token: int
     moments: Moments
     heads: Moments | None
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics."""
-        return self.moments.metrics
 
     @property
     def recurrences(self) -> int:
@@ -115,14 +110,6 @@ class Stages(Result):
                 place = i if i < before else i - sum(inside) + each
             places.append(place + 1)
         return 100 * torch.tensor(places, dtype=torch.float64) / whole
-
-    def mean(self, metric: str, *, over: Over = "values") -> Tensor:
-        """Mean [firing] over prompts (or tokens), or over prompts' means."""
-        return self.moments.mean(metric, over=over)
-
-    def std(self, metric: str, *, over: Over = "values") -> Tensor:
-        """Standard deviation [firing] of what went in, or of prompts' means."""
-        return self.moments.std(metric, over=over)
 
     def merge(self, other: Stages) -> Stages:
         """The result on both results' prompts.
