@@ -15,11 +15,10 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from multiprocessing import get_context
 from typing import Any
 
 import torch
-from memory import peak_of
+from memory import peak_in_process, peak_of
 from torch import Tensor
 
 import loop_lens
@@ -77,15 +76,8 @@ def _memory(recurrences: int, how: str, queue: Any) -> None:
 def memory() -> None:
     """Print peaks against R."""
     print("peak memory, MiB: " + "; ".join(RUNS))
-    context = get_context("spawn")
     for recurrences in (32, 64, 128):
-        peaks: list[float] = []
-        for how in RUNS:
-            queue: Any = context.Queue()
-            process = context.Process(target=_memory, args=(recurrences, how, queue))
-            process.start()
-            peaks.append(queue.get())
-            process.join()
+        peaks = [peak_in_process(_memory, recurrences, how) for how in RUNS]
         print(f"  R = {recurrences:>3}   " + " ".join(f"{peak:8.1f}" for peak in peaks), flush=True)
 
 

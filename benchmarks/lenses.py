@@ -13,11 +13,10 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from multiprocessing import get_context
 from typing import Any
 
 import torch
-from memory import peak_of
+from memory import peak_in_process, peak_of
 from torch import Tensor
 
 import loop_lens
@@ -59,15 +58,8 @@ def _memory(recurrences: int, how: str, queue: Any) -> None:
 def memory() -> None:
     """Print peaks against R."""
     print("peak memory, MiB: the lens, and all sites' logits from a cache")
-    context = get_context("spawn")
     for recurrences in (4, 16, 64):
-        peaks: list[float] = []
-        for how in ("lens", "cache"):
-            queue: Any = context.Queue()
-            process = context.Process(target=_memory, args=(recurrences, how, queue))
-            process.start()
-            peaks.append(queue.get())
-            process.join()
+        peaks = [peak_in_process(_memory, recurrences, how) for how in ("lens", "cache")]
         print(f"  R = {recurrences:>3}   {peaks[0]:8.1f} {peaks[1]:10.1f}", flush=True)
 
 

@@ -6,6 +6,7 @@ import gc
 import resource
 import threading
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +32,14 @@ def peak_of(run: Callable[[], Any]) -> float:
     done.set()
     watcher.join()
     return peak[0] - before
+
+
+def peak_in_process(measure: Callable[..., None], *arguments: Any) -> float:
+    """What ``measure(*arguments, queue)`` puts into its queue, run in a fresh process."""
+    context = get_context("spawn")
+    queue: Any = context.Queue()
+    process = context.Process(target=measure, args=(*arguments, queue))
+    process.start()
+    peak = queue.get()
+    process.join()
+    return peak

@@ -19,12 +19,11 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
-from multiprocessing import get_context
 from typing import Any
 
 import torch
 import transformer_lens.patching as stock
-from memory import peak_of
+from memory import peak_in_process, peak_of
 from torch import Tensor
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -240,13 +239,8 @@ def _peak(budget: int, queue: Any) -> None:
 def memory() -> None:
     """Print the peak memory of sweeps under several budgets, each in a process of its own."""
     print("\npeak memory of a sweep beyond the plain runs, MiB")
-    context = get_context("spawn")
     for mib in (4, 16, 64, 256):
-        queue: Any = context.Queue()
-        process = context.Process(target=_peak, args=(mib << 20, queue))
-        process.start()
-        print(f"  budget {mib:>4}   peak {queue.get():6.1f}", flush=True)
-        process.join()
+        print(f"  budget {mib:>4}   peak {peak_in_process(_peak, mib << 20):6.1f}", flush=True)
 
 
 def main() -> None:

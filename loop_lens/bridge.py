@@ -24,7 +24,7 @@ from loop_lens import checkpoint
 from loop_lens.attention import accept_either_cache_name
 from loop_lens.cache import LoopCache, NoScale, act_name, raise_non_additive
 from loop_lens.hooks import BlockNames, FiringBlocks, HookRegistry, StreamHookPoint, hook_point
-from loop_lens.schedule import Boundary, Firing, Iteration, Location, Schedule, UnknownNameError
+from loop_lens.schedule import Boundary, Firing, Iteration, Location, Schedule, UnknownNameError, pick
 from loop_lens.unroll import (
     Bare,
     LoopBody,
@@ -330,7 +330,7 @@ class HookedLoopedTransformer(TransformerBridge):
         """
         if hook.removeprefix("hook_") in {s.rsplit("hook_", 1)[-1] for s in self.schedule.sites}:
             loop = segment or self.schedule.innermost_loop
-            picked = self._pick("iteration", iteration, self.schedule.iterations(loop))
+            picked = pick("iteration", iteration, self.schedule.iterations(loop))
             return list(dict.fromkeys(self._site_name(hook, loop, t) for t in picked))
         if segment is None and iteration is None and layer is None:
             return [
@@ -340,20 +340,9 @@ class HookedLoopedTransformer(TransformerBridge):
             ]
         segment = segment or self.schedule.innermost_loop
         self.schedule.require_segment(segment)
-        layers = self._pick("layer", layer, list(range(self.schedule.segments[segment])))
-        iterations = self._pick("iteration", iteration, self.schedule.iterations(segment))
+        layers = pick("layer", layer, list(range(self.schedule.segments[segment])))
+        iterations = pick("iteration", iteration, self.schedule.iterations(segment))
         return [self.name(hook, iteration=t, layer=i, segment=segment) for t in iterations for i in layers]
-
-    def _pick(self, what: str, chosen: Any, every: list[Any]) -> list[Any]:
-        if chosen is None:
-            return every
-        if isinstance(chosen, slice):
-            return every[chosen]
-        wanted = [chosen] if isinstance(chosen, int | tuple) else list(chosen)
-        missing = [item for item in wanted if item not in every]
-        if missing:
-            raise UnknownNameError(f"{what} {missing[0]} does not exist: there are {every[0]} to {every[-1]}")
-        return wanted
 
     def locate(self, name: str) -> Location:
         """The place (a `Firing`, or a `Boundary` for sites between blocks) and the hook's own name.

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Iteration = int | tuple[int, ...] | None
 """An iteration of a loop: an int, a tuple (outermost first) in a nested loop, None outside loops."""
@@ -434,3 +434,25 @@ def _span(indices: list[int], *, scattered: bool) -> str:
     if scattered and indices[-1] - indices[0] + 1 != len(indices):
         return f"{len(indices)} firings within {indices[0]}-{indices[-1]}"
     return f"firings {indices[0]}-{indices[-1]}"
+
+
+def pick(what: str, chosen: Any, every: list[Any]) -> list[Any]:
+    """What was chosen of everything there is: all for None, a slice of it, one, or several.
+
+    Args:
+        what: What is chosen from, ``"iteration"`` or ``"layer"``.
+        chosen: None, a slice, one of ``every``, or several.
+        every: Everything there is, in order.
+
+    Raises:
+        UnknownNameError: If something chosen does not exist.
+    """
+    if chosen is None:
+        return every
+    if isinstance(chosen, slice):
+        return every[chosen]
+    wanted = [chosen] if isinstance(chosen, int | tuple) else list(chosen)
+    missing = [item for item in wanted if item not in every]
+    if missing:
+        raise UnknownNameError(f"{what} {missing[0]} does not exist: there are {every[0]} to {every[-1]}")
+    return wanted

@@ -16,7 +16,7 @@ from loop_lens.dynamics.distances import DISTANCES, jensen_shannon, require_dist
 from loop_lens.figures import new_figure
 from loop_lens.moments import DivergedError, Moments, Over
 from loop_lens.results import Result, require_alike
-from loop_lens.schedule import Firing, Iteration, Schedule, UnknownNameError
+from loop_lens.schedule import Firing, Iteration, Schedule, pick
 from loop_lens.streaming import Batch, Ends, measure, schedule_of, shared
 
 PAIRS = (*DISTANCES, "cosine")
@@ -269,21 +269,9 @@ def _chosen(schedule: Schedule, segment: str | None, iteration: Select, layer: S
         segment = schedule.innermost_loop if schedule.loops else next(iter(schedule.segments))
     schedule.require_segment(segment)
     own = [firing for firing in schedule if firing.segment == segment]
-    iterations = _picked("iteration", iteration, list(dict.fromkeys(f.iteration for f in own)))
-    layers = _picked("layer", layer, sorted({f.layer for f in own}))
+    iterations = pick("iteration", iteration, list(dict.fromkeys(f.iteration for f in own)))
+    layers = pick("layer", layer, sorted({f.layer for f in own}))
     return [firing for firing in own if firing.iteration in iterations and firing.layer in layers]
-
-
-def _picked(what: str, chosen: Any, every: list[Any]) -> list[Any]:
-    if chosen is None:
-        return every
-    if isinstance(chosen, slice):
-        return every[chosen]
-    wanted = [chosen] if isinstance(chosen, int | tuple) else list(chosen)
-    missing = [item for item in wanted if item not in every]
-    if missing:
-        raise UnknownNameError(f"{what} {missing[0]} does not exist: there are {every[0]} to {every[-1]}")
-    return wanted
 
 
 def _pairwise(
