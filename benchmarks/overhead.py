@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import loop_lens
 from loop_lens import LoopedConfig, LoopedTransformer
-from loop_lens.smollm2 import load_smollm2
+from loop_lens.shipped.smollm2 import load_smollm2
 
 Row = Callable[[], Any]
 ROWS = ("no hooks", "one site patched", "all block outputs cached", "everything cached")

@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import loop_lens
 from loop_lens import LoopedConfig, LoopedTransformer
 from loop_lens.interventions import LogitDiff, engine, plan
-from loop_lens.smollm2 import load_smollm2
+from loop_lens.shipped.smollm2 import load_smollm2
 
 
 def untied(config: Any, layers: list[Any], weights: dict[str, Tensor]) -> Any:

@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 import loop_lens
-from loop_lens.demo import chain_of, main
+from loop_lens.demo.hops import chain_of, main
 
 PROMPT = "a b g a h e e c b h d g c f f d ? c -> -> -> -> -> ->"
 

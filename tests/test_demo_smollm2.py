@@ -8,8 +8,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from loop_lens.attention_page import attention_page
-from loop_lens.demo_smollm2 import main
+from loop_lens.demo.smollm2 import main
+from loop_lens.figures.attention import attention_page
 
 
 def test_the_demo_tells_its_story(tmp_path: Path) -> None:

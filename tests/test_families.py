@@ -160,7 +160,7 @@ def _when(model: HookedLoopedTransformer, name: str) -> Any:
     """Order of sites in time; an outer loop's state is read after its inner loop in the oracle."""
 
     def key(site: str) -> tuple[int, int]:
-        boundary = model.schedule.sites[site]
+        boundary = model.schedule.sites[site].place
         own = [f.index for f in model.schedule if f.segment == boundary.segment]
         inside = [i for i in own if boundary.first <= i <= boundary.last]
         return (inside[0], 0)

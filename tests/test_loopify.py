@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import loop_lens
-from loop_lens.loopify import RULES
+from loop_lens.models.window import LOOP_RULES
 from tests.oracles.twin import small_looped
 from tests.oracles.unrolled import MODELS, decoder, layer_outputs, layers_of, unrolled
 
@@ -140,7 +140,7 @@ def by_hand(model: Any, rule: str, alpha: float, times: int) -> Tensor:
     return model(TOKENS, use_cache=False).logits
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", LOOP_RULES)
 @pytest.mark.parametrize("times", [1, 2, 4])
 @torch.no_grad()
 def test_the_rules(rule: str, times: int) -> None:
@@ -162,7 +162,7 @@ def test_the_rules(rule: str, times: int) -> None:
             assert (resumed - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("rule", [r for r in RULES if r != "naive"])
+@pytest.mark.parametrize("rule", [r for r in LOOP_RULES if r != "naive"])
 def test_in_place_patches_do_not_reach_what_a_rule_keeps(rule: str) -> None:
     alpha = 0.5 if rule in ("ema", "input_anchor") else None
     looped = loop_lens.loopify(decoder("llama"), layers=range(2, 5), times=3, rule=rule, alpha=alpha)

@@ -61,7 +61,7 @@ def test_register_opens_every_family_and_importing_changes_nothing(tmp_path: obj
 
 
 def test_other_options_of_boot_transformers_are_refused_not_dropped() -> None:
-    from loop_lens.registration import _boot
+    from loop_lens.opening.registration import _boot
 
     with pytest.raises(ValueError, match="n_ctx"):
         _boot(str(GOLDENS / "ouro"), n_ctx=16)

@@ -217,9 +217,9 @@ def test_nothing_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_models_own_loop_can_be_described() -> None:
     """``wrap`` takes any looped model, given its schedule and how to read its blocks."""
-    from loop_lens.adapters import LoopedAdapter
-    from loop_lens.model.body import NativeBody
-    from loop_lens.opening import _bridge_config
+    from loop_lens.models.native.adapter import LoopedAdapter
+    from loop_lens.models.native.body import NativeBody
+    from loop_lens.opening.entry import _bridge_config
 
     torch.manual_seed(0)
     torch_model = small_looped()

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 import loop_lens
-from loop_lens.schedule import Blocks, Boundary, Firing, Loop, Schedule, Sequence, UnknownNameError
+from loop_lens.unrolling.schedule import Schedule
+from loop_lens.unrolling.sites import Boundary, Firing
+from loop_lens.unrolling.tree import Blocks, Loop, Segments, UnknownNameError
 
 SITES = ("hook_state_in", "hook_injected", "hook_state_out")
 FLAT = Schedule(
-    Sequence(
+    Segments(
         Blocks("prelude", 2),
         Loop("loop", 4, Blocks("core", 4), sites=SITES),
         Blocks("coda", 2),
@@ -21,7 +23,7 @@ FLAT = Schedule(
     )
 )
 NESTED = Schedule(
-    Sequence(Loop("H", 2, Loop("L", 3, Blocks("L", 2), sites=SITES), Blocks("H", 2), sites=SITES))
+    Segments(Loop("H", 2, Loop("L", 3, Blocks("L", 2), sites=SITES), Blocks("H", 2), sites=SITES))
 )
 
 
@@ -53,11 +55,11 @@ def test_every_name_is_found_both_ways(schedule: Schedule) -> None:
     for firing in schedule:
         for hook in ("hook_resid_post", "attn.hook_pattern", "mlp.in.hook_out"):
             for name in (f"blocks.{firing.index}.{hook}", f"{firing.prefix}.{hook}"):
-                assert schedule.locate(name) == (firing, hook)
+                assert schedule.site(name) == (firing, hook)
         assert schedule.find(firing.segment, firing.iteration, firing.layer) is firing
-    for name, boundary in schedule.sites.items():
-        place, hook = schedule.locate(name)
-        assert isinstance(place, Boundary) and place == boundary and name.endswith(hook)
+    for name, site in schedule.sites.items():
+        place, hook = schedule.site(name)
+        assert isinstance(place, Boundary) and place == site.place and name.endswith(hook)
 
 
 def test_it_prints_as_a_tree() -> None:
@@ -83,14 +85,14 @@ def test_it_prints_as_a_tree() -> None:
     ],
 )
 def test_when_sites_are_reached(site: str, before: int) -> None:
-    assert FLAT.fired_before(site) == before
+    assert FLAT.site(site).fired_before == before
 
 
 def test_when_sites_of_nested_loops_are_reached() -> None:
-    assert NESTED.fired_before("H.1.hook_state_in") == 8
-    assert NESTED.fired_before("H.1.hook_injected") == 14
-    assert NESTED.fired_before("H.0.hook_state_out") == 8
-    assert NESTED.fired_before("H.0.L.2.hook_injected") == 4
+    assert NESTED.site("H.1.hook_state_in").fired_before == 8
+    assert NESTED.site("H.1.hook_injected").fired_before == 14
+    assert NESTED.site("H.0.hook_state_out").fired_before == 8
+    assert NESTED.site("H.0.L.2.hook_injected").fired_before == 4
 
 
 def test_other_numbers_of_iterations() -> None:
@@ -105,14 +107,14 @@ def test_other_numbers_of_iterations() -> None:
     [
         (lambda: Loop("loop", 0, Blocks("core", 1)), ValueError, "at least 1, got 0"),
         (lambda: Blocks("core", -1), ValueError, "-1 blocks"),
-        (lambda: Schedule(Sequence(Blocks("a", 1), Blocks("a", 1))), ValueError, "names must differ"),
+        (lambda: Schedule(Segments(Blocks("a", 1), Blocks("a", 1))), ValueError, "names must differ"),
         (lambda: Loop("loop", 1, Blocks("a", 1), Blocks("b", 1)), ValueError, "more than one run"),
         (lambda: FLAT.with_times(loop=0), ValueError, "at least 1"),
         (lambda: FLAT.with_times(ring=2), UnknownNameError, "there are loop|loop"),
         (lambda: FLAT[20], IndexError, "0-19"),
-        (lambda: FLAT.locate("blocks.20.hook_in"), UnknownNameError, "0-19"),
-        (lambda: FLAT.locate("loop.4.blocks.0.hook_in"), UnknownNameError, "loop 0-3"),
-        (lambda: FLAT.locate("loop.0.hook_exit_gate"), UnknownNameError, "hook_injected"),
+        (lambda: FLAT.site("blocks.20.hook_in"), UnknownNameError, "0-19"),
+        (lambda: FLAT.site("loop.4.blocks.0.hook_in"), UnknownNameError, "loop 0-3"),
+        (lambda: FLAT.site("loop.0.hook_exit_gate"), UnknownNameError, "hook_injected"),
         (lambda: FLAT.find("coda", None, 2), UnknownNameError, "layers 0-1"),
         (lambda: FLAT.find("coda", 1, 0), UnknownNameError, "outside the loop"),
         (lambda: FLAT.find("loop", 4, 0), UnknownNameError, "loop 0-3"),
@@ -126,15 +128,17 @@ def test_what_does_not_exist_is_an_error_that_says_what_does(make: Any, error: A
 
 
 def test_it_needs_no_torch() -> None:
-    source = ast.parse((Path(loop_lens.__file__).parent / "schedule.py").read_text())
-    imported = {
-        alias.name for node in ast.walk(source) if isinstance(node, ast.Import) for alias in node.names
-    }
-    imported |= {node.module or "" for node in ast.walk(source) if isinstance(node, ast.ImportFrom)}
-    assert imported == {"__future__", "re", "collections.abc", "dataclasses", "functools", "typing"}
+    own = {"loop_lens.unrolling.sites", "loop_lens.unrolling.tree"}
+    for name in ("schedule", "sites", "tree"):
+        source = ast.parse((Path(loop_lens.__file__).parent / "unrolling" / f"{name}.py").read_text())
+        imported = {
+            alias.name for node in source.body if isinstance(node, ast.Import) for alias in node.names
+        }
+        imported |= {node.module or "" for node in source.body if isinstance(node, ast.ImportFrom)}
+        assert imported - own <= {"__future__", "re", "collections.abc", "dataclasses", "functools", "typing"}
 
 
 def test_five_hundred_firings_are_listed_at_once() -> None:
-    many = Schedule(Sequence(Blocks("prelude", 2), Loop("loop", 127, Blocks("core", 4)), Blocks("coda", 2)))
+    many = Schedule(Segments(Blocks("prelude", 2), Loop("loop", 127, Blocks("core", 4)), Blocks("coda", 2)))
     assert len(many) == 512 and isinstance(many[300], Firing)
-    assert many.locate("loop.126.blocks.3.hook_in").place == many[509]
+    assert many.site("loop.126.blocks.3.hook_in").place == many[509]

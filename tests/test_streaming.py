@@ -15,10 +15,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 from loop_lens.dynamics import Convergence, convergence
-from loop_lens.moments import Collector, DivergedError, Moments
-from loop_lens.results import Result
-from loop_lens.schedule import Firing
-from loop_lens.streaming import Batch, batches_of, measure, prompts_of, schedule_of
+from loop_lens.measuring.moments import Collector, DivergedError, Moments
+from loop_lens.measuring.results import Result
+from loop_lens.measuring.run import measure, schedule_of
+from loop_lens.prompts.reader import Batch, batches_of, read_prompts
+from loop_lens.unrolling.sites import Firing
 from tests.interventions.models import opened, wrapped
 from tests.oracles.unrolled import decoder
 
@@ -70,9 +71,9 @@ def test_every_form_of_prompts_is_the_same_prompts() -> None:
         Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(),
     )
     for form in forms:
-        assert [p.tolist() for p in prompts_of(model, form)] == expected
-    assert [p.tolist() for p in prompts_of(model, TEXTS[0])] == expected[:1]
-    assert [p.tolist() for p in prompts_of(model, torch.tensor([[1, 2], [3, 4]]))] == [[1, 2], [3, 4]]
+        assert [p.tolist() for p in read_prompts(model, form)] == expected
+    assert [p.tolist() for p in read_prompts(model, TEXTS[0])] == expected[:1]
+    assert [p.tolist() for p in read_prompts(model, torch.tensor([[1, 2], [3, 4]]))] == [[1, 2], [3, 4]]
 
 
 def test_prompts_of_similar_length_are_padded_together() -> None:

@@ -11,8 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from loop_lens.schedule import Blocks, Firing, Loop, Schedule, Sequence
-from loop_lens.unroll import CacheSlot, FiringCountError, Run, Unroller, common_parent, tied_clone
+from loop_lens.unrolling.calls import common_parent
+from loop_lens.unrolling.kv import CacheSlot
+from loop_lens.unrolling.schedule import Schedule
+from loop_lens.unrolling.sites import Firing
+from loop_lens.unrolling.slots import tied_clone
+from loop_lens.unrolling.tree import Blocks, Loop, Segments
+from loop_lens.unrolling.unroller import FiringCountError, Run, Unroller
 
 
 class Block(nn.Module):
@@ -42,7 +47,7 @@ class Toy(nn.Module):
 
 def unrolled(model: Toy, times: int = 3) -> tuple[Unroller, list[Firing]]:
     core = Loop("loop", times, Blocks("core", 2))
-    unroller = Unroller(model, [model.first, *model.loop], Schedule(Sequence(Blocks("prelude", 1), core)))
+    unroller = Unroller(model, [model.first, *model.loop], Schedule(Segments(Blocks("prelude", 1), core)))
     fired: list[Firing] = []
 
     def execute(run: Run, firing: Firing, bare: Any, args: Any, kwargs: Any) -> Any:
@@ -185,7 +190,7 @@ def test_slots_come_off_again() -> None:
 def test_the_schedule_must_be_the_models() -> None:
     model = Toy()
     with pytest.raises(ValueError, match="names 2 physical blocks, the model has 1"):
-        Unroller(model, [model.first], Schedule(Sequence(Blocks("a", 2))))
+        Unroller(model, [model.first], Schedule(Segments(Blocks("a", 2))))
 
 
 def test_copies_of_an_unrolled_model_count_for_themselves() -> None:

@@ -32,7 +32,7 @@ import torch
 from transformer_lens.tools.analysis import logit_readout
 
 import loop_lens
-from loop_lens.smollm2 import load_smollm2
+from loop_lens.shipped.smollm2 import load_smollm2
 
 torch.set_grad_enabled(False)
 torch_model, tokenizer = load_smollm2()

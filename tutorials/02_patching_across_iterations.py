@@ -30,7 +30,7 @@ import torch
 import loop_lens
 from loop_lens.interventions import (
     LogitDiff,
-    Node,
+    PathNode,
     ablate,
     attribution_sweep,
     freeze,
@@ -38,7 +38,7 @@ from loop_lens.interventions import (
     skip,
     transplant,
 )
-from loop_lens.smollm2 import load_smollm2
+from loop_lens.shipped.smollm2 import load_smollm2
 
 torch.set_grad_enabled(False)
 torch_model, tokenizer = load_smollm2()
@@ -175,8 +175,13 @@ assert writer[0] == writer[1] and attention.recovered.abs().max() < 0.05
 # %%
 group = head * model.cfg.n_key_value_heads // model.cfg.n_heads
 coda = {"layer": layer, "segment": "coda"}
-receivers = [Node("q", head=head, **coda), Node("k", head=group, **coda), Node("v", head=group, **coda), None]
-senders = [Node("mlp_out", t, int(writer[0])) for t in (0, 1)]
+receivers = [
+    PathNode("q", head=head, **coda),
+    PathNode("k", head=group, **coda),
+    PathNode("v", head=group, **coda),
+    None,
+]
+senders = [PathNode("mlp_out", t, int(writer[0])) for t in (0, 1)]
 direct = path_patch(model, *prompts, metric, senders=senders, receivers=receivers)
 free = path_patch(model, *prompts, metric, senders=senders, receivers=receivers, mediators="all")
 whole = stream.clean - stream.corrupted

@@ -28,9 +28,9 @@ from pathlib import Path
 import torch
 
 import loop_lens
-from loop_lens.interventions import LogitDiff, Node, path_patch
-from loop_lens.lenses import exit_curve, train_tuned_lens
-from loop_lens.smollm2 import load_smollm2
+from loop_lens.interventions import LogitDiff, PathNode, path_patch
+from loop_lens.lenses import exit_curve, fit_tuned_lens
+from loop_lens.shipped.smollm2 import load_smollm2
 
 torch.set_grad_enabled(False)
 torch_model, tokenizer = load_smollm2()
@@ -70,7 +70,7 @@ assert everywhere.first_on_top() == "coda.blocks.9.hook_resid_post"
 # %%
 text = Path("pages.txt").read_text()
 few = [sites[i] for i in (0, 1, 2, 4, 7)]
-trained = train_tuned_lens(
+trained = fit_tuned_lens(
     model,
     text,
     sites=few,
@@ -150,7 +150,7 @@ found.plot(top=16)
 
 # %%
 other, metric = "The capital of Italy is", LogitDiff(" Paris", " Rome")
-writer = Node("mlp_out", iteration=0, layer=3)
+writer = PathNode("mlp_out", iteration=0, layer=3)
 for mediators, what in (((), "directly"), ("all", "through anything")):
     effect = path_patch(model, prompt, other, metric, senders=writer, mediators=mediators).effect.item()
     print(f"the MLP of pass 0, layer 3, {what}: {effect:+.2f}")

@@ -25,7 +25,7 @@ import torch
 
 import loop_lens
 from loop_lens.data import HopsTask
-from loop_lens.dynamics import attention_bound, attention_settling, pair_maps
+from loop_lens.dynamics import attention_bound, attention_settling, firing_similarity
 from loop_lens.interventions import freeze
 
 torch.set_grad_enabled(False)
@@ -135,7 +135,7 @@ settling.plot()
 
 # %%
 with model.at_recurrences(12):
-    maps = pair_maps(model, tokens[:16], segment="loop", progress=False)
+    maps = firing_similarity(model, tokens[:16], segment="loop", progress=False)
 distance = maps.mean("frobenius")
 layer = torch.tensor(maps.layers)
 other, same = (distance[(layer[:, None] == layer) == alike].mean() for alike in (False, True))

@@ -37,7 +37,7 @@ import loop_lens
 from loop_lens import dynamics
 from loop_lens.data import HopsTask
 from loop_lens.experiments.random_models import RandomModel
-from loop_lens.smollm2 import load_smollm2
+from loop_lens.shipped.smollm2 import load_smollm2
 from loop_lens.stages import stage_agreement, stages
 
 torch.set_grad_enabled(False)
@@ -246,7 +246,7 @@ axes[0].set(
 axes[0].set(xlim=(0.3, 0.8), ylim=(0.3, 0.8))
 for label, each in models.items():
     with each.at_recurrences(16):
-        local = dynamics.local_dynamics(each, prompts, progress=False)
+        local = dynamics.step_geometry(each, prompts, progress=False)
     axes[1].plot(range(16), local.mean("step_angle")[:, -1], label=label)
     angle, straight = (float(local.mean(metric)[-1, -1]) for metric in ("step_angle", "drift_to_loop"))
     print(f"{label:<13} angle between steps {angle:.2f}, displacement / length of the way {straight:.2f}")

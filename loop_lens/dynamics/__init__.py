@@ -7,14 +7,14 @@ from loop_lens.dynamics.distances import jensen_shannon, total_variation
 from loop_lens.dynamics.extrapolation import Extrapolation, extrapolate
 from loop_lens.dynamics.limit_table import LimitTable, limit_table
 from loop_lens.dynamics.limits import (
-    KINDS,
+    LIMIT_KINDS,
     LimitingBehaviour,
     LimitingBehaviours,
     limiting_behaviour,
     limiting_behaviours,
 )
-from loop_lens.dynamics.local import LocalDynamics, local_dynamics
-from loop_lens.dynamics.pairs import PairMaps, pair_maps
+from loop_lens.dynamics.local import StepGeometry, step_geometry
+from loop_lens.dynamics.pairs import FiringSimilarity, firing_similarity
 from loop_lens.dynamics.paths import PathIndependence, path_independence
 from loop_lens.dynamics.spectrum import (
     JacobianSpectrum,
@@ -25,33 +25,33 @@ from loop_lens.dynamics.spectrum import (
 from loop_lens.dynamics.trajectories import Trajectories, trajectories
 
 __all__ = [
-    "KINDS",
+    "LIMIT_KINDS",
     "AttentionBound",
     "AttentionSettling",
     "Convergence",
     "Extrapolation",
+    "FiringSimilarity",
     "JacobianSpectrum",
     "LimitTable",
     "LimitingBehaviour",
     "LimitingBehaviours",
-    "LocalDynamics",
-    "PairMaps",
     "PathIndependence",
+    "StepGeometry",
     "Trajectories",
     "attention_bound",
     "attention_settling",
     "convergence",
     "extrapolate",
+    "firing_similarity",
     "jacobian_spectrum",
     "jensen_shannon",
     "leading_singular_value",
     "limit_table",
     "limiting_behaviour",
     "limiting_behaviours",
-    "local_dynamics",
-    "pair_maps",
     "path_independence",
     "spectral_radius",
+    "step_geometry",
     "total_variation",
     "trajectories",
 ]

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from loop_lens.bridge import HookedLoopedTransformer
+from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics.distances import (
     DISTANCES,
     frobenius_rows,
@@ -19,11 +19,15 @@ from loop_lens.dynamics.distances import (
     require_two_tokens,
     total_variation,
 )
-from loop_lens.figures import new_figure
-from loop_lens.moments import Collector, Measured, Moments
-from loop_lens.results import require_alike
-from loop_lens.schedule import Firing, Iteration
-from loop_lens.streaming import Batch, Ends, measure, shared
+from loop_lens.figures.canvas import new_figure
+from loop_lens.measuring.moments import Collector, Measured, Moments
+from loop_lens.measuring.probe import Ends
+from loop_lens.measuring.processes import shared
+from loop_lens.measuring.results import require_alike
+from loop_lens.measuring.run import measure
+from loop_lens.prompts.reader import Batch
+from loop_lens.unrolling.sites import Firing
+from loop_lens.unrolling.tree import Iteration
 
 Of = Literal["step", "distance"]
 
@@ -205,7 +209,7 @@ def by_head(moments: Moments, names: Sequence[str]) -> Moments:
 
 
 class SettlingProbe:
-    """Measures `AttentionSettling` in a run of `loop_lens.streaming.measure`.
+    """Measures `AttentionSettling` in a run of `loop_lens.measuring.measure`.
 
     Args:
         model: The model, at the number of iterations to measure.
@@ -351,7 +355,7 @@ def attention_settling(
 
     Args:
         model: The model, at the number of iterations to measure.
-        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.streaming.prompts_of`.
+        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.prompts.read_prompts`.
         reference: Number of iterations whose last patterns are the reference, at or beyond what is measured.
         tolerance: The step at which a head has settled on a prompt. The default is a hundredth of a
             query's attention moving per iteration; other tolerances for the means can be tried afterwards, see

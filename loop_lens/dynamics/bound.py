@@ -32,14 +32,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loop_lens.bridge import HookedLoopedTransformer
+from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics.attention import by_head
 from loop_lens.dynamics.distances import frobenius_rows, require_two_tokens, total_variation
-from loop_lens.figures import new_figure
-from loop_lens.moments import Collector, Measured, Moments
-from loop_lens.results import require_alike
-from loop_lens.schedule import Firing, Iteration
-from loop_lens.streaming import Batch, Ends, measure, shared
+from loop_lens.figures.canvas import new_figure
+from loop_lens.measuring.moments import Collector, Measured, Moments
+from loop_lens.measuring.probe import Ends
+from loop_lens.measuring.processes import shared
+from loop_lens.measuring.results import require_alike
+from loop_lens.measuring.run import measure
+from loop_lens.prompts.reader import Batch
+from loop_lens.unrolling.sites import Firing
+from loop_lens.unrolling.tree import Iteration
 
 LIPSCHITZ = 0.5
 RATIOS = ("ratio", "stated_ratio", "row_ratio")
@@ -114,7 +118,7 @@ class AttentionBound(Measured):
 
 
 class BoundProbe:
-    """Measures `AttentionBound` in a run of `loop_lens.streaming.measure`.
+    """Measures `AttentionBound` in a run of `loop_lens.measuring.measure`.
 
     Args:
         model: The model, at the number of iterations to measure.
@@ -331,7 +335,7 @@ def attention_bound(
 
     Args:
         model: The model, at the number of iterations to measure.
-        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.streaming.prompts_of`.
+        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.prompts.read_prompts`.
         segment: The loop; the innermost by default.
         batch_size: Prompts a forward.
         progress: Whether to show a progress bar, for work beyond two seconds.

@@ -9,12 +9,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from loop_lens.bridge import HookedLoopedTransformer
-from loop_lens.figures import new_figure
-from loop_lens.moments import Collector, Measured, Moments
-from loop_lens.results import require_alike
-from loop_lens.schedule import Firing, Iteration
-from loop_lens.streaming import Batch, Ends, measure, shared
+from loop_lens.bridge.model import HookedLoopedTransformer
+from loop_lens.figures.canvas import new_figure
+from loop_lens.measuring.moments import Collector, Measured, Moments
+from loop_lens.measuring.probe import Ends
+from loop_lens.measuring.processes import shared
+from loop_lens.measuring.results import require_alike
+from loop_lens.measuring.run import measure
+from loop_lens.prompts.reader import Batch
+from loop_lens.unrolling.sites import Firing
+from loop_lens.unrolling.tree import Iteration
 
 STREAM = ("norm", "floor")
 STEP = ("step", "relative_step", "step_cosine")
@@ -81,7 +85,7 @@ class Convergence(Measured):
 
 
 class ConvergenceProbe:
-    """Measures `Convergence` in a run of `loop_lens.streaming.measure`.
+    """Measures `Convergence` in a run of `loop_lens.measuring.measure`.
 
     Args:
         model: The model, at the number of iterations to measure.
@@ -243,7 +247,7 @@ def convergence(
 
     Args:
         model: The model, at the number of iterations to measure.
-        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.streaming.prompts_of`.
+        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.prompts.read_prompts`.
         reference: Number of iterations whose last states are the reference, e.g. 128: at or beyond
             what is measured, so that the measured range does not end at 0 by construction. Without one,
             steps alone.

@@ -12,17 +12,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loop_lens.bridge import HookedLoopedTransformer
+from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics.convergence import Convergence, ConvergenceProbe
-from loop_lens.figures import new_figure
-from loop_lens.interventions.sites import Spot, spot
+from loop_lens.figures.canvas import new_figure
 from loop_lens.lenses.readers import coda_start, is_normed, read_stream, run_coda
 from loop_lens.lenses.readout import CHUNK
-from loop_lens.loopify import WindowBody
-from loop_lens.moments import Collector, DivergedError, Measured, Moments
-from loop_lens.results import require_alike
-from loop_lens.schedule import Firing
-from loop_lens.streaming import Batch, Ends, batches_of, measure, shared
+from loop_lens.measuring.moments import Collector, DivergedError, Measured, Moments
+from loop_lens.measuring.probe import Ends
+from loop_lens.measuring.processes import shared
+from loop_lens.measuring.results import require_alike
+from loop_lens.measuring.run import measure
+from loop_lens.models.window import WindowBody
+from loop_lens.prompts.reader import Batch, batches_of
+from loop_lens.unrolling.sites import Firing, Site
 
 SAID = ("loss", "accuracy", "kl", "entropy", "agreement")
 RECURRENCES = (1, 2, 4, 8, 16, 32, 64)
@@ -99,7 +101,7 @@ class Extrapolation(Measured):
 
 
 class SpeechProbe:
-    """Measures `Extrapolation` in a run of `loop_lens.streaming.measure`, under `listening`.
+    """Measures `Extrapolation` in a run of `loop_lens.measuring.measure`, under `listening`.
 
     Args:
         model: The model.
@@ -117,7 +119,7 @@ class SpeechProbe:
         self._at = {r: i for i, r in enumerate(recurrences)}
         self._collector = Collector(SAID, {"recurrences": recurrences})
         self._last = max(b.last for b in model.schedule.boundaries if b.segment == model.schedule.main_loop)
-        self._pending: list[tuple[int, Tensor, Spot]] = []
+        self._pending: list[tuple[int, Tensor, Site]] = []
         self._reference: Tensor | None = None
 
     def wants(self, hook: str, firing: Firing) -> bool:
@@ -135,7 +137,7 @@ class SpeechProbe:
     def see(self, hook: str, firing: Firing, value: Tensor) -> None:
         """Nothing: states are read between blocks."""
 
-    def hear(self, recurrences: int, state: Tensor, at: Spot) -> None:
+    def hear(self, recurrences: int, state: Tensor, at: Site) -> None:
         """Take the state after so many iterations, and read it out when the reference is known.
 
         States before the reference wait for it: they are small, their logits are not.
@@ -150,7 +152,7 @@ class SpeechProbe:
         else:
             self.say(recurrences, self._read(state, at))
 
-    def _read(self, state: Tensor, at: Spot) -> Float[Tensor, "token vocab"]:
+    def _read(self, state: Tensor, at: Site) -> Float[Tensor, "token vocab"]:
         """Logits of the labelled positions, by the model's own end."""
         first = coda_start(self._model)
         if first is not None:
@@ -253,12 +255,12 @@ def _listen(
     """Hooks that let a probe hear the states after some numbers of iterations."""
     loop = model.schedule.main_loop
     for r in recurrences:
-        at = spot(model, f"{loop}.{r - 1}.hook_state_out")
+        at = model.locate(f"{loop}.{r - 1}.hook_state_out")
 
-        def hook(state: Tensor, hook: Any, r: int = r, at: Spot = at) -> None:
+        def hook(state: Tensor, hook: Any, r: int = r, at: Site = at) -> None:
             probe.hear(r, state, at)
 
-        yield at.name, hook
+        yield at.flat, hook
 
 
 @torch.no_grad()
@@ -283,7 +285,7 @@ def extrapolate(
 
     Args:
         model: The model.
-        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.streaming.prompts_of`.
+        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.prompts.read_prompts`.
         recurrences: The numbers of iterations.
         labels: What is to be said at each of a prompt's own tokens, -100 where nothing counts: [prompt pos], or
             one sequence a prompt, in the prompts' order; behind the tokens, -100 alone. By

@@ -11,15 +11,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from loop_lens.bridge import HookedLoopedTransformer
-from loop_lens.dynamics.limits import KINDS, LEAST, Of, limiting_behaviours, several
+from loop_lens.bridge.model import HookedLoopedTransformer
+from loop_lens.dynamics.limits import LEAST, LIMIT_KINDS, Of, limiting_behaviours, several
 from loop_lens.dynamics.states import Column, StateProbe, tidy
-from loop_lens.figures import new_figure
-from loop_lens.results import Result, require_alike
-from loop_lens.streaming import Batch, Ends, shared
+from loop_lens.figures.canvas import new_figure
+from loop_lens.measuring.probe import Ends
+from loop_lens.measuring.processes import shared
+from loop_lens.measuring.results import Result, require_alike
+from loop_lens.prompts.reader import Batch
 
 _TINY = torch.finfo(torch.float32).tiny
-_MOVING = KINDS[1:]
+_MOVING = LIMIT_KINDS[1:]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class LimitTable(Result):
         n: Numbers of iterations.
         tau: Tolerances.
         rho: Shares.
-        counts: Tokens of each kind, in the order of `loop_lens.dynamics.KINDS` [n tau rho layer kind].
+        counts: Tokens of each kind, in the order of `loop_lens.dynamics.LIMIT_KINDS` [n tau rho layer kind].
         sums: Sums over tokens of what describes their kind: the frequency and the amplitude of orbits, the
             gradient of sliders [n tau rho layer 3].
         moving: The tokens that are no fixed points at the first n, tau and rho, as columns: ``prompt``,
@@ -89,7 +91,7 @@ class LimitTable(Result):
         """One row per token and layer (missing at the state) that is no fixed point at the first thresholds."""
         columns = {name: column.tolist() for name, column in self.moving.items()}
         columns["layer"] = [self.layers[k] for k in columns["layer"]]
-        columns["kind"] = [KINDS[k] for k in columns["kind"]]
+        columns["kind"] = [LIMIT_KINDS[k] for k in columns["kind"]]
         return tidy(pd.DataFrame(columns)).sort_values(["prompt", "position"], ignore_index=True)
 
     def plot(self) -> Any:
@@ -109,7 +111,7 @@ class LimitTable(Result):
 
 
 class LimitProbe(StateProbe):
-    """Measures a `LimitTable` in a run of `loop_lens.streaming.measure`, within `listening`.
+    """Measures a `LimitTable` in a run of `loop_lens.measuring.measure`, within `listening`.
 
     It runs each batch once more beforehand, for the final states alone.
 
@@ -157,7 +159,7 @@ class LimitProbe(StateProbe):
         self.tau, self.rho, self.reference = several(tau), several(rho), reference
         self.of: Of = of
         shape = (len(self.n), len(self.tau), len(self.rho), len(self.columns))
-        self._counts = torch.zeros(*shape, len(KINDS), dtype=torch.int64)
+        self._counts = torch.zeros(*shape, len(LIMIT_KINDS), dtype=torch.int64)
         self._sums = torch.zeros(*shape, 3, dtype=torch.float64)
         self._moving: list[dict[str, Tensor]] = []
 
@@ -225,7 +227,7 @@ class LimitProbe(StateProbe):
             one = self._series[0] if self.reference else self._series[a]
             values = one[: n if self.reference else n - 1, :, self.mask].permute(1, 2, 0)
             found = limiting_behaviours(values, self.tau, self.rho, of=self.of)
-            kinds = torch.nn.functional.one_hot(found.kind, len(KINDS))  # tau rho layer token kind
+            kinds = torch.nn.functional.one_hot(found.kind, len(LIMIT_KINDS))  # tau rho layer token kind
             self._counts[a] += kinds.sum(-2).cpu()
             orbits, sliders = kinds[..., 1].double(), kinds[..., 2].double()
             sums = (orbits * found.frequency, orbits * found.amplitude, sliders * found.gradient)
@@ -285,7 +287,7 @@ def limit_table(
 
     Args:
         model: The model, at the number of iterations to measure.
-        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.streaming.prompts_of`.
+        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.prompts.read_prompts`.
         n: Numbers of iterations, in firing order, e.g. ``(64, 128)``: what the first so many of this run say,
             the last of them being the limit. All that the model runs by default. (Under the rules of
             `loopify` that divide by R, a run of fewer iterations is another run.)

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loop_lens.results import Result
+from loop_lens.measuring.results import Result
 
 Kind = Literal["fixed point", "orbit", "slider", "unknown"]
-KINDS: tuple[Kind, ...] = ("fixed point", "orbit", "slider", "unknown")
+LIMIT_KINDS: tuple[Kind, ...] = ("fixed point", "orbit", "slider", "unknown")
 Of = Literal["cosine", "norm"]
 LEAST = 4
 """The fewest values that a series can be classified by."""
@@ -47,7 +47,7 @@ class LimitingBehaviours(Result):
     Attributes:
         tau: The tolerances.
         rho: The shares.
-        kind: Index into `KINDS` [tau rho *series].
+        kind: Index into `LIMIT_KINDS` [tau rho *series].
         settled: Share of values within tau of the limit [tau *series].
         frequency: Of the strongest oscillation, in cycles per iteration [*series].
         amplitude: Of that oscillation [*series].
@@ -67,7 +67,7 @@ class LimitingBehaviours(Result):
         flat = {n: getattr(self, n).flatten().tolist() for n in ("frequency", "amplitude", "gradient")}
         tables: list[pd.DataFrame] = []
         for (i, tau), (j, rho) in itertools.product(enumerate(self.tau), enumerate(self.rho)):
-            kinds = [KINDS[k] for k in self.kind[i, j].flatten().tolist()]
+            kinds = [LIMIT_KINDS[k] for k in self.kind[i, j].flatten().tolist()]
             settled = self.settled[i].flatten().tolist()
             own = {"tau": tau, "rho": rho, "series": range(len(kinds)), "kind": kinds, "settled": settled}
             tables.append(pd.DataFrame(own | flat))
@@ -95,7 +95,7 @@ def limiting_behaviour(
         the Hann-windowed, detrended spectrum without its constant.
     """
     found = limiting_behaviours(torch.as_tensor(series).flatten(), tau, rho, of=of)
-    kind = KINDS[int(found.kind[0, 0])]
+    kind = LIMIT_KINDS[int(found.kind[0, 0])]
     values = (found.settled[0], found.frequency, found.amplitude, found.gradient)
     return LimitingBehaviour(kind, *(float(value) for value in values))
 

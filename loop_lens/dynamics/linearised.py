@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from loop_lens.bridge import HookedLoopedTransformer
-from loop_lens.moments import DivergedError
-from loop_lens.schedule import Iteration
+from loop_lens.bridge.model import HookedLoopedTransformer
+from loop_lens.measuring.moments import DivergedError
+from loop_lens.unrolling.tree import Iteration
 
 
 class IterationMap:

@@ -9,13 +9,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from loop_lens.bridge import HookedLoopedTransformer
+from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics.states import Column, StateProbe, tidy
-from loop_lens.figures import new_figure
-from loop_lens.moments import Collector, Measured, Moments
-from loop_lens.results import require_alike
-from loop_lens.schedule import Iteration
-from loop_lens.streaming import Batch, Ends, shared
+from loop_lens.figures.canvas import new_figure
+from loop_lens.measuring.moments import Collector, Measured, Moments
+from loop_lens.measuring.probe import Ends
+from loop_lens.measuring.processes import shared
+from loop_lens.measuring.results import require_alike
+from loop_lens.prompts.reader import Batch
+from loop_lens.unrolling.tree import Iteration
 
 PATH = ("step", "drift_to_loop")
 TURNS = ("acceleration", "resolved")
@@ -28,7 +30,7 @@ _ROUNDING = 10
 
 
 @dataclass(frozen=True)
-class LocalDynamics(Measured):
+class StepGeometry(Measured):
     """How the trajectories of tokens run, per iteration and layer.
 
     Attributes:
@@ -50,7 +52,7 @@ class LocalDynamics(Measured):
         """The loop's layers, then ``"state"``."""
         return self.moments.axes["layer"]
 
-    def merge(self, other: LocalDynamics) -> LocalDynamics:
+    def merge(self, other: StepGeometry) -> StepGeometry:
         """The result on both results' prompts.
 
         Raises:
@@ -81,7 +83,7 @@ class LocalDynamics(Measured):
 
 
 class LocalProbe(StateProbe):
-    """Measures `LocalDynamics` in a run of `loop_lens.streaming.measure`, within `listening`.
+    """Measures `StepGeometry` in a run of `loop_lens.measuring.measure`, within `listening`.
 
     Args:
         model: The model, at the number of iterations to measure.
@@ -135,9 +137,9 @@ class LocalProbe(StateProbe):
         self._trails = {}
         self._collector.end()
 
-    def result(self) -> LocalDynamics:
+    def result(self) -> StepGeometry:
         """What was measured so far, by this process."""
-        return LocalDynamics(self.segment, self._collector.moments())
+        return StepGeometry(self.segment, self._collector.moments())
 
 
 @dataclass(frozen=True)
@@ -151,14 +153,14 @@ class _Trail:
     path: Tensor
 
 
-def local_dynamics(
+def step_geometry(
     model: HookedLoopedTransformer,
     prompts: Any,
     *,
     segment: str | None = None,
     batch_size: int = 8,
     progress: bool = True,
-) -> LocalDynamics:
+) -> StepGeometry:
     """Measure, while the model runs, how each token's trajectory runs at each layer, and between iterations.
 
     With x_t a layer's output (or the state that leaves iteration t) and D_t = x_t - x_{t-1}:
@@ -171,7 +173,7 @@ def local_dynamics(
 
     Args:
         model: The model, at the number of iterations to measure.
-        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.streaming.prompts_of`.
+        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.prompts.read_prompts`.
         segment: The loop; the innermost by default.
         batch_size: Prompts a forward.
         progress: Whether to show a progress bar, for work beyond two seconds.

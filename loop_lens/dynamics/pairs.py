@@ -13,11 +13,16 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from loop_lens.dynamics.distances import DISTANCES, jensen_shannon, require_distances, require_two_tokens
-from loop_lens.figures import new_figure
-from loop_lens.moments import DivergedError, Moments, Over
-from loop_lens.results import Result, require_alike
-from loop_lens.schedule import Firing, Iteration, Schedule, pick
-from loop_lens.streaming import Batch, Ends, measure, schedule_of, shared
+from loop_lens.figures.canvas import new_figure
+from loop_lens.measuring.moments import DivergedError, Moments, Over
+from loop_lens.measuring.probe import Ends
+from loop_lens.measuring.processes import shared
+from loop_lens.measuring.results import Result, require_alike
+from loop_lens.measuring.run import measure, schedule_of
+from loop_lens.prompts.reader import Batch
+from loop_lens.unrolling.schedule import Schedule
+from loop_lens.unrolling.sites import Firing, pick
+from loop_lens.unrolling.tree import Iteration
 
 PAIRS = (*DISTANCES, "cosine")
 _BLOCK = 1 << 22  # elements of patterns that are compared at once
@@ -25,7 +30,7 @@ Select = int | slice | Iterable[Any] | None
 
 
 @dataclass(frozen=True)
-class PairMaps(Result):
+class FiringSimilarity(Result):
     """Distances between every pair of the chosen firings.
 
     Attributes:
@@ -67,7 +72,7 @@ class PairMaps(Result):
         """Standard deviation [depth other], of attention by head [head depth other]."""
         return self._part(metric).std(metric, over=over)
 
-    def merge(self, other: PairMaps) -> PairMaps:
+    def merge(self, other: FiringSimilarity) -> FiringSimilarity:
         """The result on both results' prompts.
 
         Raises:
@@ -114,7 +119,7 @@ class PairMaps(Result):
                 raise ValueError(f"head {head} does not exist: there are heads 0-{len(values) - 1}")
             values = values.mean(0) if head is None else values[head]
         elif head is not None:
-            raise ValueError("heads were not measured one by one: call pair_maps(..., per_head=True)")
+            raise ValueError("heads were not measured one by one: call firing_similarity(..., per_head=True)")
         figure, axes = new_figure(5.2, 4.4)
         limits = {"vmax": 1.0} if metric == "cosine" else {"vmin": 0.0}
         image = axes.imshow(values.numpy(), cmap="viridis", interpolation="nearest", **limits)
@@ -163,15 +168,15 @@ class _Sums:
 
 
 class PairProbe:
-    """Measures `PairMaps` in a run of `loop_lens.streaming.measure`.
+    """Measures `FiringSimilarity` in a run of `loop_lens.measuring.measure`.
 
     Args:
         model: The model, at the number of iterations to measure.
-        segment: As in `pair_maps`.
-        iteration: As in `pair_maps`.
-        layer: As in `pair_maps`.
-        metrics: As in `pair_maps`.
-        per_head: As in `pair_maps`.
+        segment: As in `firing_similarity`.
+        iteration: As in `firing_similarity`.
+        layer: As in `firing_similarity`.
+        metrics: As in `firing_similarity`.
+        per_head: As in `firing_similarity`.
 
     Raises:
         ValueError: If a metric is unknown, or fewer than two firings are chosen.
@@ -249,9 +254,9 @@ class PairProbe:
                 f"{firing.layer}: fewer iterations, a wider dtype, or other weights are needed"
             )
 
-    def result(self) -> PairMaps:
+    def result(self) -> FiringSimilarity:
         """What was measured so far, by this process."""
-        return PairMaps(
+        return FiringSimilarity(
             depths=tuple(f.index for f in self.firings),
             segments=tuple(f.segment for f in self.firings),
             iterations=tuple(f.iteration for f in self.firings),
@@ -311,7 +316,7 @@ def _cosines(stream: Float[Tensor, "depth pos d_model"]) -> Float[Tensor, "pos d
     return unit @ unit.mT
 
 
-def pair_maps(
+def firing_similarity(
     model: TransformerBridge,
     prompts: Any,
     *,
@@ -322,7 +327,7 @@ def pair_maps(
     per_head: bool = False,
     batch_size: int = 4,
     progress: bool = True,
-) -> PairMaps:
+) -> FiringSimilarity:
     """Compare the attention and the stream of every two firings.
 
     Unlike the other measures, this one has to keep a batch's patterns and streams of all chosen firings until
@@ -332,7 +337,7 @@ def pair_maps(
 
     Args:
         model: A looped model at the number of iterations to measure, or a feed-forward one.
-        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.streaming.prompts_of`.
+        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.prompts.read_prompts`.
         segment: One segment; the innermost loop if only iterations or layers are chosen, every firing of the
             model if nothing is.
         iteration: One, several or a slice of its iterations.

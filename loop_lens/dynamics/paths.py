@@ -14,13 +14,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loop_lens.bridge import HookedLoopedTransformer
+from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics.states import StateProbe
-from loop_lens.figures import new_figure
-from loop_lens.moments import Collector, Moments
-from loop_lens.results import Result, require_alike
-from loop_lens.schedule import Iteration
-from loop_lens.streaming import Batch, batches_of, device_of, prompts_of, shared
+from loop_lens.figures.canvas import new_figure
+from loop_lens.measuring.moments import Collector, Moments
+from loop_lens.measuring.processes import shared
+from loop_lens.measuring.results import Result, require_alike
+from loop_lens.prompts.reader import Batch, batches_of, device_of, read_prompts
+from loop_lens.unrolling.tree import Iteration
 
 PAIR = ("cosine", "distance", "relative_distance")
 PLACE = ("cosine", "worst_cosine", "distance", "worst_distance")
@@ -110,7 +111,7 @@ def path_independence(
 
     Args:
         model: The model, at the number of iterations to measure.
-        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.streaming.prompts_of`.
+        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.prompts.read_prompts`.
         starts: Further initial states: a number of seeds, or the seeds, of the model's own noise; or the
             states themselves, at least as long as the prompts. Without ``others`` 3 seeds by default.
         others: Prompts whose states after all iterations are further initial states; at least as long as
@@ -137,7 +138,7 @@ def path_independence(
     ended = (
         []
         if others is None
-        else [_end(model, tokens, exits[-1], last) for tokens in prompts_of(model, others)]
+        else [_end(model, tokens, exits[-1], last) for tokens in read_prompts(model, others)]
     )
     labels = (
         "own",

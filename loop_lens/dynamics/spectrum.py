@@ -12,13 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loop_lens.bridge import HookedLoopedTransformer
+from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics.krylov import Leading, largest_eigenvalue, largest_singular_value
 from loop_lens.dynamics.linearised import IterationMap
-from loop_lens.figures import new_figure
-from loop_lens.prompts import tokens_of
-from loop_lens.results import Result
-from loop_lens.schedule import Iteration
+from loop_lens.figures.canvas import new_figure
+from loop_lens.measuring.results import Result
+from loop_lens.prompts.reader import read_together
+from loop_lens.unrolling.tree import Iteration
 
 Of = Literal["radius", "singular_value"]
 _BOTH: tuple[Of, ...] = ("radius", "singular_value")
@@ -194,7 +194,7 @@ def jacobian_spectrum(
     """
     _require_positive(steps=steps, batch_size=batch_size)
     segment = segment or model.schedule.innermost_loop
-    ids = tokens_of(model, tokens, "tokens")
+    ids = read_together(model, tokens, "tokens")
     n_pos = ids.shape[1]
     chosen = tuple(model.schedule.iterations(segment) if iterations is None else iterations)
     for t in chosen:
@@ -249,7 +249,7 @@ def _largest(
     _require_positive(steps=steps)
     step = IterationMap(
         model,
-        tokens_of(model, tokens, "tokens"),
+        read_together(model, tokens, "tokens"),
         iteration=iteration,
         segment=segment or model.schedule.innermost_loop,
         state=state,

@@ -9,10 +9,13 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from loop_lens.bridge import HookedLoopedTransformer
-from loop_lens.moments import DivergedError
-from loop_lens.schedule import Firing, Iteration
-from loop_lens.streaming import Batch, Ends, measure
+from loop_lens.bridge.model import HookedLoopedTransformer
+from loop_lens.measuring.moments import DivergedError
+from loop_lens.measuring.probe import Ends
+from loop_lens.measuring.run import measure
+from loop_lens.prompts.reader import Batch
+from loop_lens.unrolling.sites import Firing
+from loop_lens.unrolling.tree import Iteration
 
 STATE = "state"
 """The label, among layers, of the state that leaves an iteration."""
@@ -20,7 +23,7 @@ Column = int | str
 
 
 class StateProbe:
-    """Sees, in a run of `loop_lens.streaming.measure`, the outputs of a loop's blocks and its state.
+    """Sees, in a run of `loop_lens.measuring.measure`, the outputs of a loop's blocks and its state.
 
     The state leaves an iteration behind the loop's norm, where there is one, so it may differ from the last
     layer's output. Subclasses say in `take` what they do with them.

@@ -11,12 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loop_lens.bridge import HookedLoopedTransformer
+from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics.states import STATE, Column, StateProbe, tidy
-from loop_lens.figures import new_figure
-from loop_lens.results import Result
-from loop_lens.schedule import Iteration
-from loop_lens.streaming import Batch, Ends, shared
+from loop_lens.figures.canvas import new_figure
+from loop_lens.measuring.probe import Ends
+from loop_lens.measuring.processes import shared
+from loop_lens.measuring.results import Result
+from loop_lens.prompts.reader import Batch
+from loop_lens.unrolling.tree import Iteration
 
 Fit = Literal["joint", "layer"]
 Over = Literal["position", "tokens"]
@@ -173,7 +175,7 @@ class Scatter:
 
 
 class TrajectoryProbe(StateProbe):
-    """Keeps one position's states in a run of `loop_lens.streaming.measure`, within `listening`.
+    """Keeps one position's states in a run of `loop_lens.measuring.measure`, within `listening`.
 
     Args:
         model: The model, at the number of iterations to measure.
@@ -277,7 +279,7 @@ def trajectories(
 
     Args:
         model: The model, at the number of iterations to measure.
-        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.streaming.prompts_of`. One prompt
+        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.prompts.read_prompts`. One prompt
             in the paper; of several, the states are one cloud.
         components: How many to keep.
         position: The position whose trajectory is shown; below 0 from each prompt's end.

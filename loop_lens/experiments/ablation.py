@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from loop_lens.data import AdditionTask, CompositionTask, Task, TextTask
 from loop_lens.experiments.ablation_measures import Measured, Measuring, measure_cell
 from loop_lens.experiments.random_models import NORMS
-from loop_lens.model import LoopedConfig, LoopedTransformer
+from loop_lens.models.native import LoopedConfig, LoopedTransformer
 from loop_lens.training import Fixed, TrainingConfig, train
 
 TASKS = ("addition", "composition", "text")

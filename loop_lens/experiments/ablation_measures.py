@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 import loop_lens
-from loop_lens.bridge import HookedLoopedTransformer
+from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.data.task import IGNORED, Task, TaskBatch
 from loop_lens.dynamics import Convergence, convergence, extrapolate, spectral_radius
-from loop_lens.model import LoopedTransformer
-from loop_lens.moments import DivergedError
-from loop_lens.results import Result
+from loop_lens.measuring.moments import DivergedError
+from loop_lens.measuring.results import Result
+from loop_lens.models.native import LoopedTransformer
 from loop_lens.stages import Stages, stages
 
 STATES = ("initial", "trained")

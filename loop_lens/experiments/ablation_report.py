@@ -24,7 +24,7 @@ from loop_lens.experiments.ablation_verdicts import (
 )
 from loop_lens.experiments.page import how_it_was_made, markdown_table, notes_of, save_csv, save_figure
 from loop_lens.experiments.random_models import NORMS
-from loop_lens.figures import new_figure
+from loop_lens.figures.canvas import new_figure
 
 _COLORS = {"linear": "C0", "none": "C1"}
 _MEASURED = ["relative_distance", "nearest", "cosine", "growth", "degeneracy", "relative_step", "radius"]

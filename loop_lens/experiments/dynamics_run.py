@@ -10,27 +10,28 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from loop_lens.bridge import HookedLoopedTransformer
+from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics import (
     AttentionSettling,
     Convergence,
     Extrapolation,
+    FiringSimilarity,
     JacobianSpectrum,
     LimitTable,
-    LocalDynamics,
-    PairMaps,
+    StepGeometry,
     Trajectories,
     extrapolate,
+    firing_similarity,
     jacobian_spectrum,
     limit_table,
-    local_dynamics,
-    pair_maps,
+    step_geometry,
     trajectories,
 )
 from loop_lens.dynamics.attention import SettlingProbe
 from loop_lens.dynamics.convergence import ConvergenceProbe
-from loop_lens.results import Result
-from loop_lens.streaming import measure, shared
+from loop_lens.measuring.processes import shared
+from loop_lens.measuring.results import Result
+from loop_lens.measuring.run import measure
 
 _FEW = 4  # prompts for what is kept by pairs of firings, drawn, or differentiated
 
@@ -53,8 +54,8 @@ class Dynamics:
     convergence: Convergence
     limits: LimitTable
     settling: AttentionSettling
-    local: LocalDynamics
-    pairs: PairMaps
+    local: StepGeometry
+    pairs: FiringSimilarity
     spectrum: JacobianSpectrum
     trajectories: Trajectories
     extrapolation: Extrapolation
@@ -100,8 +101,8 @@ def measure_dynamics(
         convergence=shared(moves.result()),
         limits=limit_table(model, prompts, **options),
         settling=shared(heads.result()),
-        local=local_dynamics(model, prompts, **options),
-        pairs=pair_maps(model, few, metrics=("frobenius", "cosine"), progress=progress),
+        local=step_geometry(model, prompts, **options),
+        pairs=firing_similarity(model, few, metrics=("frobenius", "cosine"), progress=progress),
         spectrum=spectrum,
         trajectories=trajectories(model, few, batch_size=batch_size, progress=progress),
         extrapolation=extrapolate(

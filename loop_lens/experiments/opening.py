@@ -11,11 +11,11 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-from loop_lens.bridge import HookedLoopedTransformer
+from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.data.text import standard_library_documents
-from loop_lens.opening import boot, loopify
-from loop_lens.smollm2 import load_smollm2
-from loop_lens.streaming import prompts_of
+from loop_lens.opening.entry import boot, loopify
+from loop_lens.prompts.reader import read_prompts
+from loop_lens.shipped.smollm2 import load_smollm2
 
 SMOLLM2 = "smollm2"
 STDLIB = "stdlib"
@@ -74,7 +74,7 @@ def open_any(name: str) -> TransformerBridge:
         return TransformerBridge.boot_transformers(name)
 
 
-def read_prompts(
+def prompts_from(
     model: TransformerBridge, source: str, *, count: int = 32, length: int = 64, column: str = "text"
 ) -> list[Tensor]:
     """Prompts from a source, cut to a length.
@@ -97,7 +97,7 @@ def read_prompts(
     rows = _rows(source, column)
     long: list[Tensor] = []
     short: list[Tensor] = []
-    for tokens in prompts_of(model, rows):
+    for tokens in read_prompts(model, rows):
         (long if len(tokens) >= length else short).append(tokens[:length])
         if len(long) == count:
             break

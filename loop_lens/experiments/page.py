@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from loop_lens.results import Result
+from loop_lens.measuring.results import Result
 
 _PACKAGES = ("loop-lens", "torch", "transformers", "transformer-lens")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loop_lens.experiments.random_init import Kind, Measured
 from loop_lens.experiments.random_models import NORMS
-from loop_lens.figures import new_figure
+from loop_lens.figures.canvas import new_figure
 
 _TITLES = {"pre": "pre-norm", "huginn": "Huginn's norm", "ouro": "Ouro's norms"}
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from tqdm.auto import tqdm
 
-from loop_lens.bridge import HookedLoopedTransformer
-from loop_lens.dynamics import KINDS, limiting_behaviours, spectral_radius
+from loop_lens.bridge.model import HookedLoopedTransformer
+from loop_lens.dynamics import LIMIT_KINDS, limiting_behaviours, spectral_radius
 from loop_lens.dynamics.limits import LEAST
 from loop_lens.experiments.random_models import NORMS, RandomModel
-from loop_lens.moments import DivergedError
-from loop_lens.results import Result
+from loop_lens.measuring.moments import DivergedError
+from loop_lens.measuring.results import Result
 
 _ANGLE_FLOOR = math.sqrt(2 * torch.finfo(torch.float32).eps)  # what rounding of a cosine near 1 looks like
 
@@ -87,7 +87,7 @@ class Measured(Result):
         degeneracy: Means over tokens [iteration] of M9: ``last_cosine`` and ``last_distance``, the least cosine
             and the largest distance between layer 0 and any layer's last state; ``cosine`` and ``distance``
             to the states of the reference.
-        kinds: Tokens by their limiting behaviour, in the order of `loop_lens.dynamics.KINDS`, from the cosines
+        kinds: Tokens by their limiting behaviour, in the order of `loop_lens.dynamics.LIMIT_KINDS`, from the cosines
             to the last state [layer kind].
         radius: Spectral radius of the last iteration's Jacobian; NaN if left out.
     """
@@ -149,7 +149,10 @@ class Measured(Result):
             "last_step_cosine": float(self.curves["step_cosine"][-1].min()),
             "last_norm": float(self.curves["norm"][-1].mean()),
             "radius": self.radius,
-            **{f"percent_{kind.replace(' ', '_')}": float(x) for kind, x in zip(KINDS, kinds, strict=True)},
+            **{
+                f"percent_{kind.replace(' ', '_')}": float(x)
+                for kind, x in zip(LIMIT_KINDS, kinds, strict=True)
+            },
         }
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -230,7 +233,7 @@ def measure_one(spec: RandomModel, model: HookedLoopedTransformer, settings: Set
         degeneracy[f"{name}cosine"] = cosine_similarity(x[:, :1], goal[None], dim=-1).amin(1).mean(-1)
         degeneracy[f"{name}distance"] = (x[:, :1] - goal).norm(dim=-1).amax(1).mean(-1)
     kind = limiting_behaviours(to_last[:-1].permute(1, 2, 0)).kind[0, 0]  # layer token
-    kinds = torch.nn.functional.one_hot(kind, len(KINDS)).sum(1)
+    kinds = torch.nn.functional.one_hot(kind, len(LIMIT_KINDS)).sum(1)
     radius = math.nan
     if settings.krylov:
         few = tokens[:1, :16]

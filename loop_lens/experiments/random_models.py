@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import loop_lens
-from loop_lens.bridge import HookedLoopedTransformer
-from loop_lens.model import LoopedConfig, LoopedTransformer
+from loop_lens.bridge.model import HookedLoopedTransformer
+from loop_lens.models.native import LoopedConfig, LoopedTransformer
 
 NORMS: dict[str, dict[str, Any]] = {
     "pre": {"block_norm": "pre"},

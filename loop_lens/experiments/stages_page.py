@@ -15,7 +15,7 @@ from loop_lens.experiments.page import (
     save_figure,
     save_tables,
 )
-from loop_lens.results import Result
+from loop_lens.measuring.results import Result
 from loop_lens.stages import Stages, stage_agreement
 
 _SHOWN = {

@@ -2,14 +2,14 @@
 
 from loop_lens.interventions.edits import Edit, Surgery, View
 from loop_lens.interventions.gradients import attribution_sweep
-from loop_lens.interventions.metrics import KL, LogitDiff, Loss, Metric, Probability, Rank
-from loop_lens.interventions.paths import Node, PathResult, path_patch
+from loop_lens.interventions.metrics import KL, LogitDiff, Metric, NextTokenLoss, Probability, Rank
+from loop_lens.interventions.paths import PathNode, PathResult, path_patch
 from loop_lens.interventions.surgery import (
     ablate,
+    add_noise,
     cut_injection,
     edit,
     freeze,
-    noise,
     reorder,
     replace_injection,
     skip,
@@ -23,9 +23,9 @@ __all__ = [
     "KL",
     "Edit",
     "LogitDiff",
-    "Loss",
     "Metric",
-    "Node",
+    "NextTokenLoss",
+    "PathNode",
     "PathResult",
     "Probability",
     "Rank",
@@ -33,11 +33,11 @@ __all__ = [
     "SweepResult",
     "View",
     "ablate",
+    "add_noise",
     "attribution_sweep",
     "cut_injection",
     "edit",
     "freeze",
-    "noise",
     "patch_sweep",
     "path_patch",
     "reorder",

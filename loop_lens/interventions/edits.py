@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loop_lens.bridge import HookedLoopedTransformer
-from loop_lens.interventions.sites import Layout, layout_of
+from loop_lens.bridge.model import HookedLoopedTransformer
+from loop_lens.unrolling.sites import Layout, layout_of
 
 
 @dataclass(frozen=True)

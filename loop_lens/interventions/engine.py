@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from loop_lens.bridge import HookedLoopedTransformer
+from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.interventions.edits import active_edits, foreign_hooks
 from loop_lens.interventions.plan import Batch
-from loop_lens.interventions.sites import Spot, spot
-from loop_lens.unroll import CACHE_NAME
+from loop_lens.unrolling.kv import CACHE_NAME
+from loop_lens.unrolling.sites import Site
 
 Hooks = list[tuple[str, Callable[..., Any]]]
 
@@ -106,15 +106,15 @@ class Engine:
         self.kept: dict[str, Tensor] = {}
         self.prefix: list[tuple[Tensor, Tensor]] = []
 
-    def start_of(self, spots: Sequence[Spot]) -> int:
+    def start_of(self, spots: Sequence[Site]) -> int:
         """The firing from which a forward must run to intervene at these spots; -1 for the tokens."""
         if not self.abilities.resumed:
             return -1
-        start = min(one.first_firing(self.model) for one in spots)
+        start = min(one.start for one in spots)
         # What an edit reads must fire in the same forward as the edit.
         for edit in active_edits(self.model):
-            if spot(self.model, edit.name).first_firing(self.model) >= start:
-                reads = (spot(self.model, name).first_firing(self.model) for name in edit.reads)
+            if self.model.locate(edit.name).start >= start:
+                reads = (self.model.locate(name).start for name in edit.reads)
                 start = min([start, *reads])
         if start < 0:
             return -1
@@ -164,7 +164,7 @@ class Engine:
         if position is not None and self.picks_logits:
             options["logits_to_keep"] = torch.tensor([position - offset])
         initial = model.initial_state
-        first_loop = model.schedule.fired_before("hook_initial_state")
+        first_loop = model.schedule.sites["hook_initial_state"].fired_before
         if isinstance(initial, Tensor) and batch.start < first_loop:
             state = initial if len(initial) == 1 else _copies(initial, copies)
             stop = self.n_positions
@@ -200,7 +200,7 @@ class Engine:
         """First firing from which rows may join: before it, what is injected depends on the rows."""
         if not self.abilities.joins:
             return len(self.model.schedule)
-        return self.model.schedule.fired_before("hook_initial_state") if self.model.body.injects else 0
+        return self.model.schedule.sites["hook_initial_state"].fired_before if self.model.body.injects else 0
 
     def assembled(self, logits: Tensor, offset: int) -> Tensor:
         """Logits [prompt pos vocab] of whole prompts, from those of the positions from offset on."""

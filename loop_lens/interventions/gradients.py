@@ -10,12 +10,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.tools.analysis.attribution_patching import cache_activation_and_gradient
 
-from loop_lens.bridge import HookedLoopedTransformer
+from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.interventions.engine import Abilities, Engine
 from loop_lens.interventions.metrics import MetricLike, bind, per_prompt
 from loop_lens.interventions.plan import Batch, Cell
-from loop_lens.interventions.sites import Layout, Spot
 from loop_lens.interventions.sweep import Direction, Grid, Prompts, SweepResult
+from loop_lens.unrolling.sites import Layout, Site
 
 Method = Literal["attribution", "integrated"]
 
@@ -99,7 +99,7 @@ def attribution_sweep(
         heads=heads,
         segment=segment,
     )
-    names = [spot.name for spot in grid.spots]
+    names = [spot.flat for spot in grid.spots]
     with torch.no_grad():
         donor_logits, donor = model.run_with_cache(prompts.donor, names_filter=names)
         donor_value, _ = per_prompt(measure(donor_logits), len(prompts.donor))
@@ -138,7 +138,7 @@ def _first_order(
     model: HookedLoopedTransformer,
     prompts: Prompts,
     measure: MetricLike,
-    spots: Sequence[Spot],
+    spots: Sequence[Site],
     donor: Any,
     steps: int,
     progress: bool,
@@ -151,7 +151,7 @@ def _first_order(
         return total
 
     # Hooks report under the one name of their hook point, whatever it was asked for by.
-    names = {spot: model.canonical_name(spot.name) for spot in spots}
+    names = {spot: model.canonical_name(spot.flat) for spot in spots}
     # The backward stops at the first tensor that it is asked for, before that one's hook has fired.
     wanted = [model.canonical_name("embed.hook_out"), *dict.fromkeys(names.values())]
     run: Any = cache_activation_and_gradient(model, prompts.base, metric, wanted)
@@ -160,7 +160,7 @@ def _first_order(
         gradient, value = run.gradients[names[spot]], run.activations[names[spot]]
         if gradient is None:
             gradient = torch.zeros_like(value)  # nothing after it reaches the metric
-        scores[spot.name] = _by_place((donor[spot.name] - value) * gradient, spot.layout)
+        scores[spot.flat] = _by_place((donor[spot.flat] - value) * gradient, spot.layout)
     return found[0], scores
 
 
@@ -168,7 +168,7 @@ def _integrated(
     model: HookedLoopedTransformer,
     prompts: Prompts,
     measure: MetricLike,
-    spots: Sequence[Spot],
+    spots: Sequence[Site],
     donor: Any,
     steps: int,
     progress: bool,
@@ -177,26 +177,26 @@ def _integrated(
     engine = Engine(model, prompts.base, Abilities(abilities.batched, False, abilities.resumed))
     starts = {spot: engine.start_of([spot]) for spot in spots}
     with torch.no_grad():
-        base = engine.run_base(starts.values(), [spot.name for spot in spots])
+        base = engine.run_base(starts.values(), [spot.flat for spot in spots])
         value, _ = per_prompt(measure(engine.logits), engine.n_prompts)
     scores: dict[str, Tensor] = {}
     # The midpoints of equal parts of the line.
     points = [(k + 0.5) / steps for k in range(steps)]
     per_run = steps if abilities.batched else 1
     for spot in tqdm(spots, desc="integrating", delay=2, disable=not progress, leave=False):
-        line = donor[spot.name] - base[spot.name]
+        line = donor[spot.flat] - base[spot.flat]
         total = torch.zeros_like(line)
         for first in range(0, steps, per_run):
             now = points[first : first + per_run]
-            leaf = torch.cat([base[spot.name] + a * line for a in now]).requires_grad_()
+            leaf = torch.cat([base[spot.flat] + a * line for a in now]).requires_grad_()
             cell = Cell((), (spot,), None, None, starts[spot], 0)
             batch = Batch((cell,) * len(now), starts[spot], 0)
-            logits = engine.run(batch, [(spot.name, _replace(leaf))])
+            logits = engine.run(batch, [(spot.flat, _replace(leaf))])
             n = engine.n_prompts
             metrics = [_scalar(measure, logits[k * n : (k + 1) * n])[1] for k in range(len(now))]
             (gradient,) = torch.autograd.grad(torch.stack(metrics).sum(), leaf)
             total += gradient.reshape(len(now), *line.shape).sum(0)
-        scores[spot.name] = _by_place(line * total / steps, spot.layout)
+        scores[spot.flat] = _by_place(line * total / steps, spot.layout)
     return value.float(), scores
 
 
@@ -216,7 +216,7 @@ def _by_place(product: Tensor, layout: Layout) -> Tensor:
 
 def _sum(
     scores: dict[str, Tensor],
-    spots: Sequence[Spot],
+    spots: Sequence[Site],
     position: int | None,
     head: int | None,
     layout: Layout,
@@ -224,7 +224,7 @@ def _sum(
     """A cell's score of each prompt [prompt]."""
     total = 0
     for spot in spots:
-        part = scores[spot.name]
+        part = scores[spot.flat]
         part = part if position is None else part[:, position : position + 1]
         part = part if head is None else part[..., head : head + 1]
         total = total + part.sum((1, 2))

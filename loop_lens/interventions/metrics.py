@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from loop_lens.prompts import Tokens, token_ids
+from loop_lens.prompts.tokens import Tokens, token_ids
 
 MetricLike = Callable[[Tensor], Any]
 
@@ -141,7 +141,7 @@ class KL(Metric):
 
 
 @dataclass(frozen=True)
-class Loss:
+class NextTokenLoss:
     """Mean next-token cross-entropy, in nats, of each prompt.
 
     Attributes:
@@ -161,7 +161,7 @@ def bind(metric: MetricLike, model: Any) -> MetricLike:
     if not callable(metric):
         raise TypeError(
             f"metric is a {type(metric).__name__}: give a function of logits [batch pos vocab], or one of "
-            "LogitDiff, Probability, KL, Rank, Loss"
+            "LogitDiff, Probability, KL, Rank, NextTokenLoss"
         )
     return metric.bind(model) if isinstance(metric, Metric) else metric
 

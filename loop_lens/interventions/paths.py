@@ -17,18 +17,20 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loop_lens.bridge import HookedLoopedTransformer
-from loop_lens.figures import heatmap, new_figure
+from loop_lens.bridge.model import HookedLoopedTransformer
+from loop_lens.bridge.names import find_sites, n_heads
+from loop_lens.figures.canvas import new_figure
+from loop_lens.figures.heatmap import heatmap
 from loop_lens.interventions.metrics import MetricLike, bind, per_prompt
-from loop_lens.interventions.sites import Spot, n_heads, spots
 from loop_lens.interventions.sweep import Direction, Prompts
-from loop_lens.schedule import Firing, Iteration
+from loop_lens.unrolling.sites import Firing, Site
+from loop_lens.unrolling.tree import Iteration
 
 Hook = tuple[str, Callable[..., Any]]
 
 
 @dataclass(frozen=True)
-class Node:
+class PathNode:
     """One site of one firing, or one head of it.
 
     Attributes:
@@ -51,7 +53,7 @@ class Node:
         where += [f"l{self.layer}", self.site]
         return ".".join(where) + ("" if self.head is None else f".h{self.head}")
 
-    def spot(self, model: HookedLoopedTransformer) -> Spot:
+    def spot(self, model: HookedLoopedTransformer) -> Site:
         """Where it is.
 
         Raises:
@@ -59,11 +61,11 @@ class Node:
             ValueError: If it has no such head.
         """
         segment = self.segment or model.schedule.innermost_loop
-        found = spots(model, self.site, iteration=self.iteration, layer=self.layer, segment=segment)[0]
+        found = find_sites(model, self.site, iteration=self.iteration, layer=self.layer, segment=segment)[0]
         if self.head is not None:
             if found.layout == "stream":
                 raise ValueError(f"{self} names a head, but {self.site} has none")
-            n = n_heads(model, found.name)
+            n = n_heads(model, found.flat)
             if not 0 <= self.head < n:
                 raise ValueError(f"{self} does not exist: {self.site} has heads 0-{n - 1}")
         return found
@@ -89,8 +91,8 @@ class PathResult:
     """
 
     values: Tensor
-    senders: tuple[Node, ...]
-    receivers: tuple[Node | None, ...]
+    senders: tuple[PathNode, ...]
+    receivers: tuple[PathNode | None, ...]
     clean: float
     corrupted: float
     direction: str
@@ -130,7 +132,7 @@ class PathResult:
         return figure
 
 
-def _text(receiver: Node | None) -> str:
+def _text(receiver: PathNode | None) -> str:
     return "logits" if receiver is None else str(receiver)
 
 
@@ -141,9 +143,9 @@ def path_patch(
     corrupted: Any,
     metric: MetricLike,
     *,
-    senders: Node | Sequence[Node],
-    receivers: Node | Sequence[Node | None] | None = None,
-    mediators: Sequence[Node] | Literal["all"] = (),
+    senders: PathNode | Sequence[PathNode],
+    receivers: PathNode | Sequence[PathNode | None] | None = None,
+    mediators: Sequence[PathNode] | Literal["all"] = (),
     direction: Direction = "denoising",
     progress: bool = True,
 ) -> PathResult:
@@ -154,8 +156,8 @@ def path_patch(
         clean: As in `loop_lens.patch_sweep`.
         corrupted: As there.
         metric: As there.
-        senders: Sites that get the donor's value, one at a time: ``Node("z", iteration=0, layer=1, head=3)``.
-        receivers: Sites that read what comes of it, one at a time: ``Node("q", iteration=2, layer=0,
+        senders: Sites that get the donor's value, one at a time: ``PathNode("z", iteration=0, layer=1, head=3)``.
+        receivers: Sites that read what comes of it, one at a time: ``PathNode("q", iteration=2, layer=0,
             head=1)``; None for the logits.
         mediators: Attention (``"attn_out"``, or ``"z"`` with a head) and MLPs (``"mlp_out"``) on the way
             that may pass on what reaches them. None of them: direct paths. ``"all"``: every path, which
@@ -173,33 +175,33 @@ def path_patch(
     """
     measure = bind(metric, model)
     prompts = Prompts.of(model, clean, corrupted, direction)
-    froms = (senders,) if isinstance(senders, Node) else tuple(senders)
-    tos = (receivers,) if isinstance(receivers, Node) or receivers is None else tuple(receivers)
+    froms = (senders,) if isinstance(senders, PathNode) else tuple(senders)
+    tos = (receivers,) if isinstance(receivers, PathNode) or receivers is None else tuple(receivers)
     if not froms or not tos:
         raise ValueError("give at least one sender and one receiver (None for the logits)")
     _require_order(model, froms, tos)
     held = _held(model, mediators)
     places = {node: node.spot(model) for node in (*froms, *tos) if node is not None}
-    names = [*dict.fromkeys([*(s.name for s in places.values()), *(name for name, _ in held)])]
+    names = [*dict.fromkeys([*(s.flat for s in places.values()), *(name for name, _ in held)])]
     donor_logits, donor = model.run_with_cache(
-        prompts.donor, names_filter=[places[node].name for node in froms]
+        prompts.donor, names_filter=[places[node].flat for node in froms]
     )
     base_logits, base = model.run_with_cache(prompts.base, names_filter=names)
     values = torch.full((len(froms), len(tos)), float("nan"))
     with tqdm(total=values.numel(), desc="paths", delay=2, disable=not progress, leave=False) as bar:
         for i, sender in enumerate(froms):
             where = places[sender]
-            patch = _put(sender, where, donor[where.name])
+            patch = _put(sender, where, donor[where.flat])
             seen: dict[str, Tensor] = {}
-            hooks: list[Hook] = [(where.name, patch), *_hold(model, held, base, where)]
-            hooks += [(places[n].name, _see(seen, places[n].name)) for n in tos if n is not None]
+            hooks: list[Hook] = [(where.flat, patch), *_hold(model, held, base, where)]
+            hooks += [(places[n].flat, _see(seen, places[n].flat)) for n in tos if n is not None]
             logits = model.run_with_hooks(prompts.base, fwd_hooks=hooks)
             for j, receiver in enumerate(tos):
                 if receiver is None:
                     values[i, j] = _mean(measure, logits, len(prompts.base))
                 else:
                     there = places[receiver]
-                    reached = [(there.name, _put(receiver, there, seen[there.name]))]
+                    reached = [(there.flat, _put(receiver, there, seen[there.flat]))]
                     values[i, j] = _mean(
                         measure, model.run_with_hooks(prompts.base, fwd_hooks=reached), len(prompts.base)
                     )
@@ -221,25 +223,25 @@ def _mean(measure: MetricLike, logits: Tensor, n: int) -> float:
 
 
 def _require_order(
-    model: HookedLoopedTransformer, senders: Sequence[Node], receivers: Sequence[Node | None]
+    model: HookedLoopedTransformer, senders: Sequence[PathNode], receivers: Sequence[PathNode | None]
 ) -> None:
     for sender in senders:
         for receiver in receivers:
             if receiver is None:
                 continue
-            if receiver.spot(model).first_firing(model) < sender.spot(model).first_firing(model):
+            if receiver.spot(model).start < sender.spot(model).start:
                 raise ValueError(f"{receiver} fires before {sender}: nothing can reach it")
 
 
 def _held(
-    model: HookedLoopedTransformer, mediators: Sequence[Node] | Literal["all"]
+    model: HookedLoopedTransformer, mediators: Sequence[PathNode] | Literal["all"]
 ) -> list[tuple[str, list[int]]]:
     """Hooks to hold, each with the heads that stay free; none where mediators are all."""
     if mediators == "all":
         return []
     free: dict[tuple[str, str], list[int | None]] = {}
     for node in mediators:
-        assert isinstance(node, Node)
+        assert isinstance(node, PathNode)
         kind = {"attn_out": "attn", "z": "attn", "mlp_out": "mlp"}.get(node.site)
         place = node.spot(model).place
         if kind is None or not isinstance(place, Firing):
@@ -260,20 +262,20 @@ def _held(
 
 
 def _hold(
-    model: HookedLoopedTransformer, held: Sequence[tuple[str, list[int]]], base: Any, sender: Spot
+    model: HookedLoopedTransformer, held: Sequence[tuple[str, list[int]]], base: Any, sender: Site
 ) -> list[Hook]:
     """Hooks that hold what comes after the sender."""
-    start = sender.first_firing(model)
-    own = sender.name.rsplit(".", 1)[-1]
+    start = sender.start
+    own = sender.flat.rsplit(".", 1)[-1]
     within = own not in ("hook_resid_pre", "hook_in")  # part of its own attention or MLP
     hooks: list[Hook] = []
     for name, free in held:
         firing = model.locate(name).place
         assert isinstance(firing, Firing)
-        if firing.index < start or name == sender.name:
+        if firing.index < start or name == sender.flat:
             continue
         is_attn = "attn" in name
-        in_attn = ".attn." in sender.name or own in ("hook_attn_out",)
+        in_attn = ".attn." in sender.flat or own in ("hook_attn_out",)
         if firing.index == start and within and isinstance(sender.place, Firing) and is_attn == in_attn:
             continue
         hooks.append((name, _fix(base[name], free)))
@@ -290,7 +292,7 @@ def _fix(value: Tensor, free: list[int]) -> Callable[..., Tensor]:
     return fix
 
 
-def _put(node: Node, where: Spot, value: Tensor) -> Callable[..., Tensor]:
+def _put(node: PathNode, where: Site, value: Tensor) -> Callable[..., Tensor]:
     part = node.part(where.layout)
 
     def put(now: Tensor, hook: Any) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loop_lens.interventions.sites import Spot
+from loop_lens.unrolling.sites import Site
 
 OVERHEAD = 64
 """What one firing costs besides its tokens, in tokens. On two CPU cores a forward of 12 x 12 tokens of
@@ -37,7 +37,7 @@ class Cell:
     """
 
     index: tuple[int, ...]
-    spots: tuple[Spot, ...]
+    spots: tuple[Site, ...]
     position: int | None
     head: int | None
     start: int

@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loop_lens.bridge import HookedLoopedTransformer
+from loop_lens.bridge.model import HookedLoopedTransformer
+from loop_lens.bridge.names import InjectionSite, find_sites, n_heads
 from loop_lens.interventions.edits import Edit, Surgery, View
-from loop_lens.interventions.sites import Spot, n_heads, spots
-from loop_lens.schedule import Boundary, Firing, Iteration, UnknownNameError
+from loop_lens.unrolling.sites import Boundary, Firing, Site
+from loop_lens.unrolling.tree import Iteration, UnknownNameError
 
 Select = int | slice | Iterable[int] | None
 Iterations = int | tuple[int, ...] | slice | Iterable[Any] | None
@@ -50,23 +51,23 @@ def edit(
     Raises:
         UnknownNameError: If the model has no such site, iteration or layer.
     """
-    found = spots(model, site, iteration=iterations, layer=layers, segment=segment)
+    found = find_sites(model, site, iteration=iterations, layer=layers, segment=segment)
     _require_heads(model, found[0], heads)
     return Surgery(model, [_edit(model, one, change, positions, heads) for one in found])
 
 
 def _edit(
     model: HookedLoopedTransformer,
-    where: Spot,
+    where: Site,
     change: Change,
     positions: Sequence[int] | None,
     heads: Sequence[int] | None,
     reads: tuple[str, ...] = (),
 ) -> Edit:
-    if where.injection:
+    if isinstance(where, InjectionSite):
         change, reads = _of_injection(model, where, change), (*reads, _state_of(where), "hook_prelude_out")
     return Edit(
-        where.name,
+        where.flat,
         change,
         reads,
         None if positions is None else tuple(positions),
@@ -74,12 +75,12 @@ def _edit(
     )
 
 
-def _state_of(where: Spot) -> str:
+def _state_of(where: Site) -> str:
     """The state that enters the iteration of an injection."""
-    return where.name.replace("hook_injected", "hook_state_in")
+    return where.sibling("state_in").flat
 
 
-def _of_injection(model: HookedLoopedTransformer, where: Spot, change: Change) -> Change:
+def _of_injection(model: HookedLoopedTransformer, where: Site, change: Change) -> Change:
     """A change of what is injected, as a change of what comes of it."""
     body, state_name = model.body, _state_of(where)
 
@@ -91,12 +92,12 @@ def _of_injection(model: HookedLoopedTransformer, where: Spot, change: Change) -
     return through
 
 
-def _require_heads(model: HookedLoopedTransformer, where: Spot, heads: Sequence[int] | None) -> None:
+def _require_heads(model: HookedLoopedTransformer, where: Site, heads: Sequence[int] | None) -> None:
     if heads is None:
         return
     if where.layout == "stream":
-        raise ValueError(f"{where.name} has no heads: heads are in z, q, k, v, pattern, attn_scores")
-    n = n_heads(model, where.name)
+        raise ValueError(f"{where.flat} has no heads: heads are in z, q, k, v, pattern, attn_scores")
+    n = n_heads(model, where.flat)
     outside = [h for h in heads if not 0 <= h < n]
     if outside:
         raise ValueError(f"head {outside[0]} does not exist: there are heads 0-{n - 1}")
@@ -132,28 +133,28 @@ def transplant(
         ValueError: If the source comes later in the same forward.
         UnknownNameError: If a site does not exist, or the cache lacks it.
     """
-    origin = spots(model, site, iteration=source, layer=layers, segment=segment)
-    targets = spots(model, site, iteration=to, layer=layers, segment=segment)
+    origin = find_sites(model, site, iteration=source, layer=layers, segment=segment)
+    targets = find_sites(model, site, iteration=to, layer=layers, segment=segment)
     _require_heads(model, origin[0], heads)
     by_layer = {_layer(one): one for one in origin}
     edits: list[Edit] = []
     for target in targets:
         given = by_layer[_layer(target)]
         if cache is not None:
-            value = _cached(cache, given.name)
+            value = _cached(cache, given.flat)
             edits.append(_edit(model, target, _given(value), positions, heads))
             continue
-        if given.first_firing(model) > target.first_firing(model):
+        if given.start > target.start:
             raise ValueError(
-                f"{given.name} fires after {target.name}, so its value is not known there: pass the cache of "
+                f"{given.flat} fires after {target.flat}, so its value is not known there: pass the cache of "
                 "an earlier run, cache=..."
             )
-        if given.name != target.name:
-            edits.append(_edit(model, target, _live(given.name), positions, heads, (given.name,)))
+        if given.flat != target.flat:
+            edits.append(_edit(model, target, _live(given.flat), positions, heads, (given.flat,)))
     return Surgery(model, edits)
 
 
-def _layer(where: Spot) -> int | None:
+def _layer(where: Site) -> int | None:
     return where.place.layer if isinstance(where.place, Firing) else None
 
 
@@ -222,26 +223,25 @@ def skip(
         segment: Segment; the innermost loop by default.
     """
     if layers is not None:
-        ends = spots(model, "resid_post", iteration=iterations, layer=layers, segment=segment)
-        pairs = [(end.name, end.name.replace("hook_resid_post", "hook_resid_pre")) for end in ends]
+        ends = find_sites(model, "resid_post", iteration=iterations, layer=layers, segment=segment)
+        pairs = [(end.flat, end.sibling("resid_pre").flat) for end in ends]
     else:
-        pairs = [
-            (end.name, end.name.replace("hook_state_out", "hook_state_in"))
-            for end in _ends(model, iterations, segment)
-        ]
+        pairs = [(end.flat, end.sibling("state_in").flat) for end in _ends(model, iterations, segment)]
     return Surgery(model, [Edit(out, _live(came), (came,)) for out, came in pairs])
 
 
-def _ends(model: HookedLoopedTransformer, iterations: Iterations, segment: str | None) -> list[Spot]:
+def _ends(model: HookedLoopedTransformer, iterations: Iterations, segment: str | None) -> list[Site]:
     """Where the iterations end, and those of loops nested in them."""
-    outer = spots(model, "state_out", iteration=iterations, segment=segment)
-    inside: list[Spot] = []
+    outer = find_sites(model, "state_out", iteration=iterations, segment=segment)
+    inside: list[Site] = []
     for one in outer:
         assert isinstance(one.place, Boundary)
         prefix = f"{one.place.prefix}."
         for boundary in model.schedule.boundaries:
             if boundary.prefix.startswith(prefix):
-                inside += spots(model, "state_out", iteration=boundary.iteration, segment=boundary.segment)
+                inside += find_sites(
+                    model, "state_out", iteration=boundary.iteration, segment=boundary.segment
+                )
     return [*inside, *outer]
 
 
@@ -302,8 +302,8 @@ def cut_injection(
         return replace_injection(model, None, iterations, segment=segment)
     if mode != "bypass":
         raise ValueError(f"mode {mode!r} is unknown: choose 'zero' or 'bypass'")
-    found = spots(model, "injected", iteration=iterations, segment=segment)
-    return Surgery(model, [Edit(one.name, _live(_state_of(one)), (_state_of(one),)) for one in found])
+    found = find_sites(model, "injected", iteration=iterations, segment=segment)
+    return Surgery(model, [Edit(one.flat, _live(_state_of(one)), (_state_of(one),)) for one in found])
 
 
 def replace_injection(
@@ -328,7 +328,7 @@ def replace_injection(
     """
     body = model.body
     edits: list[Edit] = []
-    for one in spots(model, "injected", iteration=iterations, segment=segment):
+    for one in find_sites(model, "injected", iteration=iterations, segment=segment):
         state_name = _state_of(one)
 
         def change(value: Tensor, view: View, state_name: str = state_name) -> Tensor:
@@ -337,7 +337,7 @@ def replace_injection(
             return body.inject(state, other)
 
         chosen = None if positions is None else tuple(positions)
-        edits.append(Edit(one.name, change, (state_name,), chosen))
+        edits.append(Edit(one.flat, change, (state_name,), chosen))
     return Surgery(model, edits)
 
 
@@ -377,16 +377,16 @@ def ablate(
         raise ValueError(f"how={how!r} is unknown: choose 'zero', 'mean' or 'resample'")
     if how != "zero" and reference is None:
         raise ValueError(f"an ablation by {how} needs reference=, the cache of a run on reference prompts")
-    found = spots(model, site, iteration=iterations, layer=layers, segment=segment)
+    found = find_sites(model, site, iteration=iterations, layer=layers, segment=segment)
     _require_heads(model, found[0], heads)
     edits: list[Edit] = []
     for one in found:
         if reference is None or how == "zero":
             change: Change = _zero
         elif how == "mean":
-            change = _mean(_cached(reference, one.name), one.layout == "pattern")
+            change = _mean(_cached(reference, one.flat), one.layout == "pattern")
         else:
-            change = _resample(_cached(reference, one.name), seed)
+            change = _resample(_cached(reference, one.flat), seed)
         edits.append(_edit(model, one, change, positions, heads))
     return Surgery(model, edits)
 
@@ -461,7 +461,7 @@ def steer(
     )
 
 
-def noise(
+def add_noise(
     model: HookedLoopedTransformer,
     std: float,
     *,
@@ -486,7 +486,7 @@ def noise(
         segment: Segment; the innermost loop by default.
     """
     edits: list[Edit] = []
-    for index, one in enumerate(spots(model, site, iteration=iterations, segment=segment)):
+    for index, one in enumerate(find_sites(model, site, iteration=iterations, segment=segment)):
         if one.layout != "stream":
             raise ValueError(f"noise goes to sites of the stream, not to {site!r}")
         edits.append(_edit(model, one, _noisy(std, seed + 7919 * index), positions, None))

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loop_lens.bridge import HookedLoopedTransformer
-from loop_lens.figures import heatmap, new_figure
+from loop_lens.bridge.model import HookedLoopedTransformer
+from loop_lens.bridge.names import InjectionSite, find_sites, hook_of, n_heads
+from loop_lens.figures.canvas import new_figure
+from loop_lens.figures.heatmap import heatmap
 from loop_lens.interventions.engine import Abilities, Engine, Hooks
 from loop_lens.interventions.metrics import Metric, MetricLike, bind, per_prompt
 from loop_lens.interventions.plan import Batch, Cell, pack
-from loop_lens.interventions.sites import Layout, Spot, hook_of, n_heads, spot, spots
-from loop_lens.prompts import tokens_of, words_of
+from loop_lens.prompts.reader import read_together
+from loop_lens.prompts.tokens import words_of
+from loop_lens.unrolling.sites import Layout, Site
 
 AXES = ("iteration", "layer", "position", "head", "firing")
 Direction = Literal["denoising", "noising"]
@@ -188,7 +191,8 @@ class Prompts:
         if direction not in ("denoising", "noising"):
             raise ValueError(f"direction {direction!r} is unknown: choose 'denoising' or 'noising'")
         tokens = [
-            tokens_of(model, prompts, name) for prompts, name in ((clean, "clean"), (corrupted, "corrupted"))
+            read_together(model, prompts, name)
+            for prompts, name in ((clean, "clean"), (corrupted, "corrupted"))
         ]
         if len(tokens[0]) != len(tokens[1]):
             raise ValueError(f"{len(tokens[0])} clean and {len(tokens[1])} corrupted prompts do not pair up")
@@ -217,11 +221,11 @@ class Grid:
     axes: tuple[str, ...]
     labels: dict[str, tuple[Any, ...]]
     shape: tuple[int, ...]
-    places: list[tuple[tuple[int, ...], tuple[Spot, ...], int | None, int | None]]
+    places: list[tuple[tuple[int, ...], tuple[Site, ...], int | None, int | None]]
     layout: Layout
 
     @property
-    def spots(self) -> list[Spot]:
+    def spots(self) -> list[Site]:
         """Every spot that any cell touches, once."""
         return list(dict.fromkeys(spot for _, spots, _, _ in self.places for spot in spots))
 
@@ -253,11 +257,11 @@ class Grid:
         if "firing" in axes:
             if between or iterations is not None or layers is not None or segment is not None:
                 raise ValueError("over='firing' takes every block of every segment: choose nothing else")
-            found = [spot(model, name) for name in model.names(hook)]
+            found = [model.locate(name) for name in model.names(hook)]
         else:
-            found = spots(model, site, iteration=iterations, layer=layers, segment=segment)
+            found = find_sites(model, site, iteration=iterations, layer=layers, segment=segment)
         layout = found[0].layout
-        groups: dict[str, dict[Any, list[Spot]]] = {
+        groups: dict[str, dict[Any, list[Site]]] = {
             "iteration": _group(found, lambda s: s.place.iteration),
             "layer": _group(found, lambda s: getattr(s.place, "layer", None)),
             "firing": _group(found, lambda s: getattr(s.place, "index", None)),
@@ -282,7 +286,7 @@ class Grid:
         if ("position" not in axes and positions is not None) or ("head" not in axes and heads is not None):
             raise ValueError("positions and heads choose along an axis: name that axis in over=")
         shape = tuple(len(values[axis]) for axis in axes)
-        places: list[tuple[tuple[int, ...], tuple[Spot, ...], int | None, int | None]] = []
+        places: list[tuple[tuple[int, ...], tuple[Site, ...], int | None, int | None]] = []
         for index in itertools.product(*(range(n) for n in shape)):
             picked = {axis: values[axis][i] for axis, i in zip(axes, index, strict=True)}
             own = tuple(
@@ -295,8 +299,8 @@ class Grid:
         return cls(axes, labels, shape, places, layout)
 
 
-def _group(found: Sequence[Spot], key: Callable[[Spot], Any]) -> dict[Any, list[Spot]]:
-    groups: dict[Any, list[Spot]] = {}
+def _group(found: Sequence[Site], key: Callable[[Site], Any]) -> dict[Any, list[Site]]:
+    groups: dict[Any, list[Site]] = {}
     for one in found:
         groups.setdefault(key(one), []).append(one)
     return groups
@@ -352,7 +356,7 @@ def patch_sweep(
         clean: Text, texts, or tokens [prompt pos] of the clean run.
         corrupted: The same of the corrupted run, of equal length.
         metric: A function of logits [prompt pos vocab] that returns a number, or one per prompt; or one
-            of `LogitDiff`, `Probability`, `KL`, `Rank`, `Loss`.
+            of `LogitDiff`, `Probability`, `KL`, `Rank`, `NextTokenLoss`.
         site: ``"resid_pre"``, ``"resid_mid"``, ``"resid_post"``, ``"attn_out"``, ``"mlp_out"``, ``"z"``,
             ``"q"``, ``"k"``, ``"v"``, ``"pattern"`` (positions are queries) or any other of the blocks'
             hooks; between blocks ``"state"`` (enters an iteration), ``"state_out"``, ``"injected"`` (the
@@ -455,18 +459,18 @@ class _Sweep:
         return self._result()
 
     def _measure_donor(self) -> None:
-        names = [one.name for one in self.grid.spots]
-        if any(one.injection for one in self.grid.spots):
-            names += [name.replace("hook_injected", "hook_state_in") for name in names] + ["hook_prelude_out"]
+        names = [one.flat for one in self.grid.spots]
+        if any(isinstance(one, InjectionSite) for one in self.grid.spots):
+            names += [one.sibling("state_in").flat for one in self.grid.spots] + ["hook_prelude_out"]
         logits, cache = self.model.run_with_cache(self.prompts.donor, names_filter=names)
         value, _ = per_prompt(self.measure(logits), len(self.prompts.donor))
         self.plain["donor"] = float(value.float().mean())
         for one in self.grid.spots:
-            given = cache[one.name]
-            if one.injection:
-                state = cache[one.name.replace("hook_injected", "hook_state_in")]
+            given = cache[one.flat]
+            if isinstance(one, InjectionSite):
+                state = cache[one.sibling("state_in").flat]
                 given = self.model.body.injection(state, given, cache["hook_prelude_out"])
-            self.donors[one.name] = given
+            self.donors[one.flat] = given
 
     def _note_base(self, base: Tensor, several: bool) -> None:
         self.plain["base"] = float(base.float().mean())
@@ -478,7 +482,7 @@ class _Sweep:
         self,
         engine: Engine,
         index: tuple[int, ...],
-        spots: tuple[Spot, ...],
+        spots: tuple[Site, ...],
         position: int | None,
         head: int | None,
     ) -> Cell:
@@ -509,28 +513,28 @@ class _Sweep:
 
     def _hooks(self, batch: Batch, n: int) -> Hooks:
         """One hook per site, which writes the donor's values into the rows of each cell there."""
-        by_spot: dict[Spot, list[tuple[int, Cell]]] = {}
+        by_spot: dict[Site, list[tuple[int, Cell]]] = {}
         for k, cell in enumerate(batch.cells):
             for one in cell.spots:
                 by_spot.setdefault(one, []).append((k, cell))
         hooks: Hooks = []
         for one, cells in by_spot.items():
             states: list[Tensor] = []
-            if one.injection:
-                hooks.append((one.name.replace("hook_injected", "hook_state_in"), _keep(states)))
-            hooks.append((one.name, self._writer(one, cells, batch.offset, n, states)))
+            if isinstance(one, InjectionSite):
+                hooks.append((one.sibling("state_in").flat, _keep(states)))
+            hooks.append((one.flat, self._writer(one, cells, batch.offset, n, states)))
         return hooks
 
     def _writer(
-        self, one: Spot, cells: list[tuple[int, Cell]], offset: int, n: int, states: list[Tensor]
+        self, one: Site, cells: list[tuple[int, Cell]], offset: int, n: int, states: list[Tensor]
     ) -> Callable[[Tensor, Any], Tensor]:
-        donor, body = _from(self.donors[one.name], one.layout, offset), self.model.body
+        donor, body = _from(self.donors[one.flat], one.layout, offset), self.model.body
 
         def write(value: Tensor, hook: Any) -> Tensor:
             value = value.clone()
             for k, cell in cells:
                 rows = slice(k * n, (k + 1) * n)
-                given = body.inject(states[-1][rows], donor) if one.injection else donor
+                given = body.inject(states[-1][rows], donor) if isinstance(one, InjectionSite) else donor
                 where = _where(one.layout, cell.position, cell.head, offset)
                 value[(rows, *where)] = given[(slice(None), *where)]
             return value

@@ -2,30 +2,30 @@
 
 from loop_lens.lenses.attribution import Attribution, attribute
 from loop_lens.lenses.exits import (
-    RULES,
+    EXIT_RULES,
     ExitResult,
     exit_curve,
     exit_probabilities,
     exit_scores,
-    exits,
+    find_exits,
 )
-from loop_lens.lenses.jacobian import JacobianTransport, fit_jacobian
+from loop_lens.lenses.jacobian import LoopJacobianLens, fit_jacobian_lens
 from loop_lens.lenses.readout import LensResult, lens
-from loop_lens.lenses.tuned import TunedLens, train_tuned_lens
+from loop_lens.lenses.tuned import TunedLens, fit_tuned_lens
 
 __all__ = [
-    "RULES",
+    "EXIT_RULES",
     "Attribution",
     "ExitResult",
-    "JacobianTransport",
     "LensResult",
+    "LoopJacobianLens",
     "TunedLens",
     "attribute",
     "exit_curve",
     "exit_probabilities",
     "exit_scores",
-    "exits",
-    "fit_jacobian",
+    "find_exits",
+    "fit_jacobian_lens",
+    "fit_tuned_lens",
     "lens",
-    "train_tuned_lens",
 ]

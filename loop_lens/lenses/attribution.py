@@ -19,12 +19,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loop_lens.bridge import HookedLoopedTransformer
-from loop_lens.figures import new_figure
-from loop_lens.interventions.sites import spot
+from loop_lens.bridge.model import HookedLoopedTransformer
+from loop_lens.figures.canvas import new_figure
 from loop_lens.lenses.readers import is_normed
-from loop_lens.prompts import token_ids, tokens_of
-from loop_lens.schedule import Firing, Iteration
+from loop_lens.prompts.reader import read_together
+from loop_lens.prompts.tokens import token_ids
+from loop_lens.unrolling.sites import Firing
+from loop_lens.unrolling.tree import Iteration
 
 Target = str | int | tuple[str | int, str | int] | Tensor
 
@@ -171,7 +172,7 @@ def attribute(
             without a site.
         UnknownNameError: If the site does not exist.
     """
-    ids = tokens_of(model, tokens, "tokens")
+    ids = read_together(model, tokens, "tokens")
     if not -ids.shape[1] <= pos < ids.shape[1]:
         raise ValueError(f"position {pos} does not exist: there are 0-{ids.shape[1] - 1}")
     read = _Readout.of(model, target, site)
@@ -231,7 +232,7 @@ class _Readout:
         constant = scale * sum(sign * bias[t] for sign, t in zip(signs, tokens.tolist(), strict=True))
         assert isinstance(direction, Tensor) and isinstance(constant, Tensor)
         name = model.canonical_name("unembed.hook_in") if site is None else _stream(model, site)
-        norm = site is not None and not is_normed(model, spot(model, name))
+        norm = site is not None and not is_normed(model, model.locate(name))
         shift = getattr(_original(model.ln_final), "bias", None)
         if isinstance(shift, Tensor) and (site is None or norm):
             constant = constant + shift.detach() @ direction
@@ -245,10 +246,10 @@ class _Readout:
 
 
 def _stream(model: HookedLoopedTransformer, site: str) -> str:
-    found = spot(model, site)
+    found = model.locate(site)
     if found.layout != "stream":
         raise ValueError(f"{site} is not a stream [prompt pos d_model]: attribution cannot split it")
-    return found.name
+    return found.flat
 
 
 class _Cut:

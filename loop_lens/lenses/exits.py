@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from loop_lens.bridge import HookedLoopedTransformer
-from loop_lens.figures import new_figure
-from loop_lens.interventions.sites import spots
+from loop_lens.bridge.model import HookedLoopedTransformer
+from loop_lens.bridge.names import find_sites
+from loop_lens.figures.canvas import new_figure
 from loop_lens.lenses.readers import reader
-from loop_lens.prompts import tokens_of
+from loop_lens.prompts.reader import read_together
 
-RULES: dict[str, float] = {
+EXIT_RULES: dict[str, float] = {
     "entropy": 1e-3,
     "latent": 0.03,
     "cosine": 1e-3,
@@ -69,7 +69,7 @@ def exit_scores(
     logits: Float[Tensor, "iteration *rest vocab"] | None = None,
     gate_logits: Float[Tensor, "iteration *rest"] | None = None,
 ) -> Float[Tensor, "iteration *rest"]:
-    """What a rule compares with its threshold, at every iteration; see `RULES`.
+    """What a rule compares with its threshold, at every iteration; see `EXIT_RULES`.
 
     The first iteration (the first three for acceleration) has nothing before it: its score is infinite,
     where Huginn's own code compares with a uniform guess.
@@ -94,8 +94,8 @@ def exit_scores(
 
 
 def _require_rule(rule: str) -> None:
-    if rule not in RULES:
-        raise ValueError(f"rule {rule!r} is unknown: choose one of {', '.join(RULES)}")
+    if rule not in EXIT_RULES:
+        raise ValueError(f"rule {rule!r} is unknown: choose one of {', '.join(EXIT_RULES)}")
 
 
 def _given(value: Tensor | None, rule: str, name: str) -> Tensor:
@@ -187,7 +187,7 @@ class ExitResult:
 
 
 @torch.no_grad()
-def exits(
+def find_exits(
     model: HookedLoopedTransformer, tokens: Any, *, rule: str, threshold: float | None = None
 ) -> ExitResult:
     """Where a rule would leave the loop, per token, and what the model would say there.
@@ -198,22 +198,22 @@ def exits(
     Args:
         model: The model.
         tokens: Text, texts, or tokens [prompt pos].
-        rule: One of `RULES`.
-        threshold: Its threshold; the default of `RULES`.
+        rule: One of `EXIT_RULES`.
+        threshold: Its threshold; the default of `EXIT_RULES`.
 
     Raises:
         ValueError: If the rule is unknown, or the model has no gate for it.
     """
     said, scores = _watch(model, tokens, rule)
-    return _leave(rule, RULES[rule] if threshold is None else threshold, said, scores)
+    return _leave(rule, EXIT_RULES[rule] if threshold is None else threshold, said, scores)
 
 
 def _watch(model: HookedLoopedTransformer, tokens: Any, rule: str) -> tuple[Tensor, Tensor]:
     """What is said after each iteration, and the rule's scores, both [iteration prompt pos]."""
     _require_rule(rule)
-    ids = tokens_of(model, tokens, "tokens")
+    ids = read_together(model, tokens, "tokens")
     loop, times = model.schedule.main_loop, model.recurrences
-    found = spots(model, "state_out", segment=loop)
+    found = find_sites(model, "state_out", segment=loop)
     gates = [f"{loop}.{t}.hook_exit_gate" for t in range(times)]
     if rule == "gate" and gates[0] not in model.schedule.sites:
         raise ValueError("the rule 'gate' needs a model with an exit gate (Ouro, or exit_gate=True)")
@@ -243,7 +243,7 @@ def _watch(model: HookedLoopedTransformer, tokens: Any, rule: str) -> tuple[Tens
 
         return hook
 
-    hooks: list[Any] = [(at.name, look(at)) for at in found]
+    hooks: list[Any] = [(at.flat, look(at)) for at in found]
     seen: dict[str, Tensor] = {}
     if rule == "gate":
         hooks += [(name, lambda value, hook: seen.__setitem__(hook.name, value.clone())) for name in gates]
@@ -276,14 +276,14 @@ def exit_curve(
     Args:
         model: The model.
         tokens: Text, texts, or tokens [prompt pos].
-        rule: One of `RULES`.
+        rule: One of `EXIT_RULES`.
         thresholds: The thresholds.
         labels: Right tokens, for the accuracy; the next token by default (no label at the last position).
 
     Returns:
         A row per threshold: mean number of iterations, agreement with full depth, accuracy.
     """
-    ids = tokens_of(model, tokens, "tokens")
+    ids = read_together(model, tokens, "tokens")
     said, scores = _watch(model, ids, rule)
     right = ids[:, 1:].cpu() if labels is None else labels.cpu()
     rows: list[dict[str, float]] = []

@@ -14,18 +14,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.tools.analysis import JacobianLens
 
-from loop_lens.bridge import HookedLoopedTransformer
-from loop_lens.interventions.sites import Spot
+from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.lenses.readers import coda_start
 from loop_lens.lenses.tuned import fingerprint, read_lens_file, require_model
-from loop_lens.prompts import tokens_of
-from loop_lens.schedule import Firing
+from loop_lens.prompts.reader import read_together
+from loop_lens.unrolling.sites import Firing, Site
 
 _FILE = "loop_lens jacobian lens"
 
 
 @dataclass(frozen=True)
-class JacobianTransport:
+class LoopJacobianLens:
     """Matrices that carry a block's output to the end.
 
     Attributes:
@@ -45,12 +44,12 @@ class JacobianTransport:
     ends_normed: bool | None = False
     _powers: dict[tuple[str, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def carry(self, stream: Tensor, spot: Spot, model: HookedLoopedTransformer) -> Tensor:
+    def carry(self, stream: Tensor, spot: Site, model: HookedLoopedTransformer) -> Tensor:
         """The stream [... d_model] of a block's output, carried to the end."""
         matrix = self.matrix(spot, model).to(stream.device)
         return (stream.float() @ matrix.T).to(stream.dtype)
 
-    def matrix(self, spot: Spot, model: HookedLoopedTransformer) -> Tensor:
+    def matrix(self, spot: Site, model: HookedLoopedTransformer) -> Tensor:
         """The matrix of one site [d_model d_model]."""
         place = spot.place
         assert isinstance(place, Firing)
@@ -71,20 +70,20 @@ class JacobianTransport:
             self._powers[key] = self.matrices["coda"] @ iterations @ self.matrices[key[0]]
         return self._powers[key]
 
-    def require(self, model: HookedLoopedTransformer, spots: Sequence[Spot]) -> None:
+    def require(self, model: HookedLoopedTransformer, spots: Sequence[Site]) -> None:
         """Raise ValueError unless it was fitted for this model and these sites."""
         d_model = next(iter(self.matrices.values())).shape[0]
         require_model(self.model_id, d_model, model, "this Jacobian lens was fitted")
         for spot in spots:
             place = spot.place
-            if not (isinstance(place, Firing) and spot.name.endswith("resid_post")):
-                raise ValueError(f"a Jacobian lens reads blocks' outputs (resid_post), not {spot.name}")
+            if not (isinstance(place, Firing) and spot.short == "resid_post"):
+                raise ValueError(f"a Jacobian lens reads blocks' outputs (resid_post), not {spot.flat}")
             last = place.index == len(model.schedule) - 1
             looped = self.factorised and place.segment == model.schedule.main_loop
             key = f"core.{place.layer}" if looped else place.prefix
             if key not in self.matrices and not last:
                 raise ValueError(
-                    f"this Jacobian lens has no matrix for {spot.name}: it was fitted at another number of "
+                    f"this Jacobian lens has no matrix for {spot.flat}: it was fitted at another number of "
                     "iterations or for other sites. factorised=True fits one for any number of iterations"
                 )
 
@@ -104,7 +103,7 @@ class JacobianTransport:
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> JacobianTransport:
+    def load(cls, path: str | Path) -> LoopJacobianLens:
         """Read a file that `save` wrote.
 
         Raises:
@@ -115,7 +114,7 @@ class JacobianTransport:
         return cls(matrices, **described)
 
 
-def fit_jacobian(
+def fit_jacobian_lens(
     model: HookedLoopedTransformer,
     prompts: Sequence[str],
     *,
@@ -123,7 +122,7 @@ def fit_jacobian(
     skip_first: int = 0,
     dim_batch: int = 16,
     progress: bool = True,
-) -> JacobianTransport:
+) -> LoopJacobianLens:
     """Fit a Jacobian lens.
 
     Unfactorised it is transformer-lens' own, on the unrolled model: one matrix per firing. Factorised,
@@ -159,13 +158,13 @@ def fit_jacobian(
             show_progress=progress,
         )
         matrices = {model.schedule[layer].prefix: j.float() for layer, j in fitted.jacobians.items()}
-        return JacobianTransport(matrices, False, fitted.n_prompts, fingerprint(model))
+        return LoopJacobianLens(matrices, False, fitted.n_prompts, fingerprint(model))
     return _fit_factorised(model, prompts, skip_first, dim_batch, progress)
 
 
 def _fit_factorised(
     model: HookedLoopedTransformer, prompts: Sequence[str], skip_first: int, dim_batch: int, progress: bool
-) -> JacobianTransport:
+) -> LoopJacobianLens:
     schedule, loop = model.schedule, model.schedule.main_loop
     if len(schedule.loops) > 1:
         raise ValueError("factorised=True is for one loop, this model has loops in loops: leave it out")
@@ -179,7 +178,7 @@ def _fit_factorised(
         counts[key] = counts.get(key, 0) + 1
 
     for prompt in tqdm(prompts, desc="Jacobian lens", delay=2, disable=not progress):
-        tokens = tokens_of(model, prompt, "prompts")[:1]
+        tokens = read_together(model, prompt, "prompts")[:1]
         if tokens.shape[1] < skip_first + 2:
             continue
         for t in range(times):
@@ -198,7 +197,7 @@ def _fit_factorised(
     matrices.setdefault("coda", eye)
     matrices.setdefault("iteration", eye)
     normed = first_coda is None and model.body.ends_normed
-    return JacobianTransport(matrices, True, len(prompts), fingerprint(model), normed)
+    return LoopJacobianLens(matrices, True, len(prompts), fingerprint(model), normed)
 
 
 def _outside(

@@ -8,12 +8,13 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from loop_lens.bridge import HookedLoopedTransformer
-from loop_lens.interventions.sites import Spot, spot, spots
-from loop_lens.schedule import Boundary, UnknownNameError
+from loop_lens.bridge.model import HookedLoopedTransformer
+from loop_lens.bridge.names import find_sites
+from loop_lens.unrolling.sites import Site
+from loop_lens.unrolling.tree import UnknownNameError
 
 Kind = Literal["logit", "native", "coda", "tuned", "jacobian"]
-KINDS: tuple[Kind, ...] = ("logit", "native", "coda", "tuned", "jacobian")
+LENS_KINDS: tuple[Kind, ...] = ("logit", "native", "coda", "tuned", "jacobian")
 
 
 class Transport(Protocol):
@@ -25,16 +26,16 @@ class Transport(Protocol):
 
     ends_normed: bool | None
 
-    def carry(self, stream: Tensor, spot: Spot, model: HookedLoopedTransformer) -> Tensor:
+    def carry(self, stream: Tensor, spot: Site, model: HookedLoopedTransformer) -> Tensor:
         """The stream [... d_model] of a site, carried."""
         ...
 
-    def require(self, model: HookedLoopedTransformer, spots: Sequence[Spot]) -> None:
+    def require(self, model: HookedLoopedTransformer, spots: Sequence[Site]) -> None:
         """Raise ValueError unless it was made for this model and these sites."""
         ...
 
 
-Reader = Callable[[Tensor, Spot], Tensor]
+Reader = Callable[[Tensor, Site], Tensor]
 """From a site's stream [batch pos d_model] to logits [batch pos vocab] of the chosen positions."""
 
 
@@ -47,11 +48,11 @@ def reader(
         ValueError: If the kind has no meaning for this model, or lacks its transport.
     """
     where = list(positions)
-    if kind not in KINDS:
-        raise ValueError(f"kind {kind!r} is unknown: choose one of {', '.join(KINDS)}")
+    if kind not in LENS_KINDS:
+        raise ValueError(f"kind {kind!r} is unknown: choose one of {', '.join(LENS_KINDS)}")
     if kind in ("tuned", "jacobian"):
         if transport is None:
-            makes = "train_tuned_lens" if kind == "tuned" else "fit_jacobian"
+            makes = "fit_tuned_lens" if kind == "tuned" else "fit_jacobian_lens"
             raise ValueError(f"kind={kind!r} needs lens=, what loop_lens.lenses.{makes} returns")
         normed = transport.ends_normed
         return lambda stream, at: read_stream(
@@ -88,9 +89,9 @@ def run_coda(model: HookedLoopedTransformer, state: Tensor, first: int) -> Tenso
     return model(model.body.enter_coda(state), start_at_layer=first)
 
 
-def is_normed(model: HookedLoopedTransformer, at: Spot) -> bool:
+def is_normed(model: HookedLoopedTransformer, at: Site) -> bool:
     """Whether a site's stream has been through the final norm already."""
-    between = isinstance(at.place, Boundary) and at.name.endswith(".hook_state_out")
+    between = at.between and at.short == "state_out"
     return between and model.body.ends_normed
 
 
@@ -111,7 +112,7 @@ def unembedding(model: HookedLoopedTransformer) -> Any:
     return getattr(model.unembed, "original_component", None) or model.unembed
 
 
-def sites_of(model: HookedLoopedTransformer, kind: str, sites: str | Sequence[str] | None) -> list[Spot]:
+def sites_of(model: HookedLoopedTransformer, kind: str, sites: str | Sequence[str] | None) -> list[Site]:
     """The sites that a lens reads, in firing order.
 
     Raises:
@@ -123,25 +124,23 @@ def sites_of(model: HookedLoopedTransformer, kind: str, sites: str | Sequence[st
     if sites is None:
         sites = "state_out" if after_iterations else "resid_post"
     if not isinstance(sites, str):
-        found = [spot(model, name) for name in sites]
+        found = [model.locate(name) for name in sites]
     elif sites in ("state_out", "state_in"):
         segment = loop if after_iterations else None
-        found = spots(model, sites, segment=segment)
+        found = find_sites(model, sites, segment=segment)
     else:
         try:
-            found = [spot(model, name) for name in model.names(sites)]
+            found = [model.locate(name) for name in model.names(sites)]
         except UnknownNameError:
-            found = [spot(model, sites)]
+            found = [model.locate(sites)]
     if not found:
         raise ValueError("sites is empty: give a kind of site, or hooks' names")
     for one in found:
         if one.layout != "stream":
-            raise ValueError(f"{one.name} is not a stream [batch pos d_model]: a lens cannot read it")
-        if after_iterations and not (
-            isinstance(one.place, Boundary) and one.place.segment == loop and one.name.endswith("state_out")
-        ):
+            raise ValueError(f"{one.flat} is not a stream [batch pos d_model]: a lens cannot read it")
+        if after_iterations and not (one.between and one.segment == loop and one.short == "state_out"):
             raise ValueError(
-                f"kind={kind!r} reads the state after an iteration, {loop}.<t>.hook_state_out, not {one.name}"
+                f"kind={kind!r} reads the state after an iteration, {loop}.<t>.hook_state_out, not {one.flat}"
             )
     return found
 

@@ -12,12 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loop_lens.bridge import HookedLoopedTransformer
-from loop_lens.figures import new_figure
-from loop_lens.interventions.sites import Spot
+from loop_lens.bridge.model import HookedLoopedTransformer
+from loop_lens.figures.canvas import new_figure
 from loop_lens.lenses.readers import Kind, Transport, final_logits, reader, sites_of
-from loop_lens.prompts import Tokens, token_ids, tokens_of, words_of
-from loop_lens.schedule import Firing, Iteration
+from loop_lens.prompts.reader import read_together
+from loop_lens.prompts.tokens import Tokens, token_ids, words_of
+from loop_lens.unrolling.sites import Firing, Site
+from loop_lens.unrolling.tree import Iteration
 
 CHUNK = 1 << 26
 """Bytes of logits that are looked at together: with 50,000 tokens about 300 rows."""
@@ -185,7 +186,7 @@ def lens(
         top_k: How many of the most likely tokens to keep.
         targets: Tokens whose rank and probability to give.
         keep_logits: Whether to keep all logits.
-        lens: A `TunedLens` or `JacobianTransport`, for the kinds that need one.
+        lens: A `TunedLens` or `LoopJacobianLens`, for the kinds that need one.
         progress: Whether to show a progress bar, for work beyond two seconds.
 
     Raises:
@@ -197,7 +198,7 @@ def lens(
         Logit lens: nostalgebraist (2020). Coda lens: Lu et al., arXiv 2507.02199.
     """
     found = sites_of(model, kind, sites)
-    ids = tokens_of(model, tokens, "tokens")
+    ids = read_together(model, tokens, "tokens")
     where = _positions(positions, ids.shape[1])
     read = reader(model, kind, where, lens)
     if lens is not None:
@@ -218,7 +219,7 @@ def lens(
 
             return hook
 
-        hooks = [(at.name, look(site)) for site, at in enumerate(found)]
+        hooks = [(at.flat, look(site)) for site, at in enumerate(found)]
         model.run_with_hooks(ids, fwd_hooks=hooks, return_type=None)
     if not all(table.filled):
         missing = found[table.filled.index(False)].name
@@ -318,7 +319,7 @@ def _summarise(table: _Table, site: int, logits: Tensor, output: _Output, target
 def _result(
     model: HookedLoopedTransformer,
     kind: str,
-    found: Sequence[Spot],
+    found: Sequence[Site],
     where: Sequence[int],
     ids: Tensor,
     targets: Tensor,
@@ -331,7 +332,7 @@ def _result(
     return LensResult(
         kind=kind,
         sites=tuple(
-            f"{f.prefix}.{model.locate(at.name).hook}" if f else at.name
+            f"{f.prefix}.{model.locate(at.flat).hook}" if f else at.flat
             for f, at in zip(firings, found, strict=True)
         ),
         iterations=tuple(place.iteration for place in places),

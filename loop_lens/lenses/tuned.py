@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformer_lens.tools.analysis import logit_readout
 
-from loop_lens.bridge import HookedLoopedTransformer
-from loop_lens.interventions.sites import Spot
+from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.lenses.readers import is_normed, sites_of
-from loop_lens.schedule import Firing
+from loop_lens.unrolling.sites import Firing, Site
 
 Form = Literal["affine", "bias", "low_rank"]
 
@@ -83,14 +82,14 @@ class TunedLens(nn.Module):
             out = out + (x @ self.down[index].T) @ self.up[index].T
         return out.to(dtype)
 
-    def carry(self, stream: Tensor, spot: Spot, model: HookedLoopedTransformer) -> Tensor:
+    def carry(self, stream: Tensor, spot: Site, model: HookedLoopedTransformer) -> Tensor:
         """The stream of a site, translated."""
         return self.translate(stream, self.sites.index(_key(spot, shared=self.shared)))
 
-    def require(self, model: HookedLoopedTransformer, spots: Sequence[Spot]) -> None:
+    def require(self, model: HookedLoopedTransformer, spots: Sequence[Site]) -> None:
         """Raise ValueError unless it was trained for this model and these sites."""
         require_model(self.model_id, self.d_model, model, "this tuned lens was trained")
-        missing = [spot.name for spot in spots if _key(spot, shared=self.shared) not in self.sites]
+        missing = [spot.flat for spot in spots if _key(spot, shared=self.shared) not in self.sites]
         if missing:
             raise ValueError(
                 f"this tuned lens has no translator for {missing[0]} (nor {len(missing) - 1} others): it has "
@@ -161,9 +160,9 @@ def require_model(model_id: str, d_model: int, model: HookedLoopedTransformer, w
         raise ValueError(f"{what} for another model: the weights differ")
 
 
-def _key(spot: Spot, *, shared: bool) -> str:
+def _key(spot: Site, *, shared: bool) -> str:
     """What a site's translator goes by."""
-    place, hook = spot.place, spot.name.rsplit(".", 1)[-1]
+    place, hook = spot.place, spot.flat.rsplit(".", 1)[-1]
     if not shared:
         prefix = place.prefix if place.prefix else "model"
         return f"{prefix}.{hook}"
@@ -205,7 +204,7 @@ def batches(model: HookedLoopedTransformer, data: Any, seq_len: int) -> Tensor:
     return rows
 
 
-def train_tuned_lens(
+def fit_tuned_lens(
     model: HookedLoopedTransformer,
     data: Any,
     *,
@@ -274,7 +273,7 @@ def train_tuned_lens(
         optimizer.zero_grad()
         for spot, key in zip(found, keys, strict=True):
             with torch.enable_grad():
-                translated = lens.translate(streams[spot.name], lens.sites.index(key))
+                translated = lens.translate(streams[spot.flat], lens.sites.index(key))
                 loss = _kl(model, translated, wanted, spot)
                 (loss / len(found)).backward()
         optimizer.step()
@@ -286,15 +285,15 @@ def train_tuned_lens(
 
 @torch.no_grad()
 def _run(
-    model: HookedLoopedTransformer, tokens: Tensor, found: Sequence[Spot]
+    model: HookedLoopedTransformer, tokens: Tensor, found: Sequence[Site]
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The sites' streams and the model's log-probabilities."""
     device = next(model.original_model.parameters()).device
-    logits, cache = model.run_with_cache(tokens.to(device), names_filter=[spot.name for spot in found])
-    return {spot.name: cache[spot.name] for spot in found}, logits.float().log_softmax(-1)
+    logits, cache = model.run_with_cache(tokens.to(device), names_filter=[spot.flat for spot in found])
+    return {spot.flat: cache[spot.flat] for spot in found}, logits.float().log_softmax(-1)
 
 
-def _kl(model: HookedLoopedTransformer, stream: Tensor, wanted: Tensor, spot: Spot) -> Tensor:
+def _kl(model: HookedLoopedTransformer, stream: Tensor, wanted: Tensor, spot: Site) -> Tensor:
     read = logit_readout(
         model,
         stream,
@@ -310,7 +309,7 @@ def _kl(model: HookedLoopedTransformer, stream: Tensor, wanted: Tensor, spot: Sp
 def _keep_what_helps(
     model: HookedLoopedTransformer,
     lens: TunedLens,
-    found: Sequence[Spot],
+    found: Sequence[Site],
     keys: Sequence[str],
     rows: Tensor,
     batch_size: int,
@@ -321,7 +320,7 @@ def _keep_what_helps(
         part = rows[start : start + batch_size]
         streams, wanted = _run(model, part, found)
         for i, (spot, key) in enumerate(zip(found, keys, strict=True)):
-            stream, share = streams[spot.name], len(part) / len(rows)
+            stream, share = streams[spot.flat], len(part) / len(rows)
             plain[i] += share * _kl(model, stream, wanted, spot).cpu()
             translated = lens.translate(stream, lens.sites.index(key))
             tuned[i] += share * _kl(model, translated, wanted, spot).cpu()
@@ -334,5 +333,5 @@ def _keep_what_helps(
                     getattr(lens, name).data[index].zero_()
             tuned[served] = plain[served]
     return pd.DataFrame(
-        {"site": [s.name for s in found], "logit_kl": plain.tolist(), "tuned_kl": tuned.tolist()}
+        {"site": [s.flat for s in found], "logit_kl": plain.tolist(), "tuned_kl": tuned.tolist()}
     )

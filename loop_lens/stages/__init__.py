@@ -2,7 +2,7 @@
 
 from loop_lens.stages.agreement import StageAgreement, stage_agreement
 from loop_lens.stages.mixing import anisotropy, colsum_concentration, matrix_entropy, mixing_score, sink_rate
-from loop_lens.stages.neurons import NeuronFractions, vocabulary_neurons
+from loop_lens.stages.neurons import NeuronFractions, prediction_neurons
 from loop_lens.stages.probe import StagesProbe, stages
 from loop_lens.stages.result import Stages
 
@@ -15,8 +15,8 @@ __all__ = [
     "colsum_concentration",
     "matrix_entropy",
     "mixing_score",
+    "prediction_neurons",
     "sink_rate",
     "stage_agreement",
     "stages",
-    "vocabulary_neurons",
 ]

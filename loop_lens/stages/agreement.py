@@ -11,8 +11,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from loop_lens.figures import new_figure
-from loop_lens.results import Result
+from loop_lens.figures.canvas import new_figure
+from loop_lens.measuring.results import Result
 from loop_lens.stages.result import Curve, Span, Stages
 
 

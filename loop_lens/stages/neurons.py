@@ -12,9 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from loop_lens.figures import new_figure
-from loop_lens.results import Result
-from loop_lens.streaming import schedule_of
+from loop_lens.figures.canvas import new_figure
+from loop_lens.measuring.results import Result
+from loop_lens.measuring.run import schedule_of
 
 _TOKENS = 4096  # of the vocabulary at a time
 _NEURONS = 2048  # so that a block of effects has 32 MiB
@@ -125,7 +125,7 @@ class NeuronFractions(Result):
 
 
 @torch.no_grad()
-def vocabulary_neurons(
+def prediction_neurons(
     model: TransformerBridge,
     *,
     threshold: float = 10.0,

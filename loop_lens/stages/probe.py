@@ -8,17 +8,14 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from loop_lens.moments import Collector, Moments
-from loop_lens.schedule import Firing
-from loop_lens.stages.mixing import (
-    attention_received,
-    concentration_of,
-    entropy_of,
-    mixing_score,
-    spectrum,
-)
+from loop_lens.measuring.moments import Collector, Moments
+from loop_lens.measuring.probe import Ends
+from loop_lens.measuring.processes import shared
+from loop_lens.measuring.run import measure, schedule_of
+from loop_lens.prompts.reader import Batch
+from loop_lens.stages.mixing import attention_received, concentration_of, entropy_of, mixing_score, spectrum
 from loop_lens.stages.result import Stages
-from loop_lens.streaming import Batch, Ends, measure, schedule_of, shared
+from loop_lens.unrolling.sites import Firing
 
 ATTENTION = ("concentration", "sink_rate", "mixing")
 STREAM = ("entropy", "relative_entropy", "anisotropy", "first_norm")
@@ -27,7 +24,7 @@ HEADS = ("concentration", "sink", "mixing")
 
 
 class StagesProbe:
-    """Measures `Stages` in a run of `loop_lens.streaming.measure`.
+    """Measures `Stages` in a run of `loop_lens.measuring.measure`.
 
     Args:
         model: A looped model, or any `TransformerBridge` of a causal language model.
@@ -180,7 +177,7 @@ def stages(
         model: A looped model at the number of iterations to measure, or any `TransformerBridge` of a
             causal language model, whose layers then lie on the same axes.
         prompts: Texts, tokens or a dataset, of any lengths from two, see
-            `loop_lens.streaming.prompts_of`.
+            `loop_lens.prompts.read_prompts`.
         sink_tau: Mean attention from which a head counts as a sink.
         sink_token: Position of the token that may be the sink.
         patterns: Whether to measure attention, too.

@@ -11,10 +11,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from loop_lens.figures import new_figure
-from loop_lens.moments import Measured, Moments
-from loop_lens.results import require_alike
-from loop_lens.schedule import Iteration
+from loop_lens.figures.canvas import new_figure
+from loop_lens.measuring.moments import Measured, Moments
+from loop_lens.measuring.results import require_alike
+from loop_lens.unrolling.tree import Iteration
 
 By = Literal["depth", "recurrence", "layer"]
 Span = Literal["model", "block"]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor
 from transformers.utils import logging
 
-from loop_lens.model.modeling import LoopedTransformer
+from loop_lens.models.native.modeling import LoopedTransformer
 from loop_lens.training.curriculum import CurriculumState
 
 PREFIX = "checkpoint-"

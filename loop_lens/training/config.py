@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from loop_lens.model.config import LoopedConfig
+from loop_lens.models.native.config import LoopedConfig
 from loop_lens.training.curriculum import Curriculum
 from loop_lens.training.losses import LastIteration, Loss
 from loop_lens.training.recurrences import Fixed, Ramp, Recurrences

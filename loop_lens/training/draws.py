@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loop_lens.model.config import LoopedConfig
+from loop_lens.models.native.config import LoopedConfig
 
 CUT = 3.0
 """Noise beyond this many standard deviations is drawn again, as `LoopedConfig.initial_state` says."""

@@ -14,9 +14,9 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from loop_lens.data.task import IGNORED
-from loop_lens.figures import new_figure
-from loop_lens.model.modeling import LoopedTransformer
-from loop_lens.results import Result
+from loop_lens.figures.canvas import new_figure
+from loop_lens.measuring.results import Result
+from loop_lens.models.native.modeling import LoopedTransformer
 from loop_lens.training.draws import generator_of
 
 if TYPE_CHECKING:

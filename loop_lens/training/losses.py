@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
-from loop_lens.model.config import LoopedConfig
+from loop_lens.models.native.config import LoopedConfig
 
 
 class Loss(ABC):

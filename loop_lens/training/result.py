@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from loop_lens.figures import new_figure
-from loop_lens.model.modeling import LoopedTransformer
+from loop_lens.figures.canvas import new_figure
+from loop_lens.models.native.modeling import LoopedTransformer
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loop_lens.model.config import LoopedConfig
-from loop_lens.model.modeling import LinearInjection, LoopedTransformer
+from loop_lens.models.native.config import LoopedConfig
+from loop_lens.models.native.modeling import LinearInjection, LoopedTransformer
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from loop_lens.data.text import TextTask
-from loop_lens.smollm2 import load_smollm2
+from loop_lens.shipped.smollm2 import load_smollm2
 from loop_lens.training.config import TrainingConfig
 from loop_lens.training.recurrences import Fixed
 from loop_lens.training.result import TrainingResult

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from loop_lens.data.task import IGNORED
-from loop_lens.model.modeling import LoopedTransformer
+from loop_lens.models.native.modeling import LoopedTransformer
 from loop_lens.training.checkpoints import (
     CheckpointError,
     Progress,

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from loop_lens.attention import LoopedAttentionBridge
-from loop_lens.dynamics import AttentionSettling, attention_bound, attention_settling, pair_maps
-from loop_lens.moments import DivergedError
+from loop_lens.dynamics import AttentionSettling, attention_bound, attention_settling, firing_similarity
+from loop_lens.measuring.moments import DivergedError
+from loop_lens.models.native.attention import LoopedAttentionBridge
 from tests.dynamics.test_distances import js_by_entropies
 from tests.interventions.models import MODELS, opened, prompts, wrapped
 from tests.interventions.test_paths import linear_loop
@@ -175,7 +175,7 @@ def test_bad_requests() -> None:
         attention_settling(model, TEXTS)
 
 
-@pytest.mark.parametrize("measure", [attention_settling, attention_bound, pair_maps])
+@pytest.mark.parametrize("measure", [attention_settling, attention_bound, firing_similarity])
 def test_a_model_without_patterns_says_so(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LoopedAttentionBridge, "_seen", lambda *arguments: (None, None, True))
     with pytest.raises(ValueError, match="never computes pattern"):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import loop_lens
 from loop_lens.dynamics import Extrapolation, convergence, extrapolate
-from loop_lens.moments import DivergedError
+from loop_lens.measuring.moments import DivergedError
 from tests.dynamics.test_attention import TEXTS
 from tests.interventions.models import MODELS, opened, prompts, wrapped
 from tests.oracles.unrolled import decoder

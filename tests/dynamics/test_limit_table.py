@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 import torch
 
-from loop_lens.dynamics import KINDS, LimitTable, limit_table, limiting_behaviour
-from loop_lens.moments import DivergedError
+from loop_lens.dynamics import LIMIT_KINDS, LimitTable, limit_table, limiting_behaviour
+from loop_lens.measuring.moments import DivergedError
 from tests.dynamics.loops import loop_of, rotation, starting_at
 from tests.interventions.models import opened, prompts, wrapped
 
@@ -75,7 +75,7 @@ def test_against_the_cache(name: str, of: Any) -> None:
                 for c, rho in enumerate(rhos):
                     each = series.flatten(1).T
                     kinds = Counter(limiting_behaviour(s, tau, rho, of=of).kind for s in each)
-                    assert found.counts[a, b, c, column].tolist() == [kinds[k] for k in KINDS]
+                    assert found.counts[a, b, c, column].tolist() == [kinds[k] for k in LIMIT_KINDS]
     assert len({tuple(row) for row in found.counts.flatten(0, 3).tolist()}) > 1
     assert not any(point.fwd_hooks for point in model.registry.existing())
 
@@ -93,7 +93,7 @@ def test_a_reference_beyond_what_is_measured() -> None:
         slopes = [limiting_behaviour(s[:n], 1e-9, of="norm") for s in distance.T]
         assert {s.kind for s in slopes} <= {"slider", "orbit"}
         kinds = Counter(s.kind for s in slopes)
-        assert found.counts[a, 0, 0, -1].tolist() == [kinds[k] for k in KINDS]
+        assert found.counts[a, 0, 0, -1].tolist() == [kinds[k] for k in LIMIT_KINDS]
 
 
 def test_moving_tokens_are_named() -> None:

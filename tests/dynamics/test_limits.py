@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loop_lens.dynamics import KINDS, LimitingBehaviours, limiting_behaviour, limiting_behaviours
+from loop_lens.dynamics import LIMIT_KINDS, LimitingBehaviours, limiting_behaviour, limiting_behaviours
 
 
 def by_hand(s: list[float], tau: float, rho: float, of: str) -> tuple[str, float, float, float]:
@@ -68,22 +68,24 @@ def test_many_series_and_thresholds_at_once(of: Literal["cosine", "norm"], n: in
             for a in range(5):
                 for b in range(12):
                     kind, *values = by_hand(series[a, b].tolist(), tau, rho, of)
-                    assert KINDS[int(found.kind[i, j, a, b])] == kind
+                    assert LIMIT_KINDS[int(found.kind[i, j, a, b])] == kind
                     mine = [float(v[a, b]) for v in (found.frequency, found.amplitude, found.gradient)]
                     assert mine[1:] == pytest.approx(values[1:], abs=1e-9)
                     if values[1] > 1e-9:  # a straight line has no frequency but rounding's
                         assert mine[0] == pytest.approx(values[0], abs=1e-12)
                     seen.add(kind)
-    assert seen == set(KINDS)
+    assert seen == set(LIMIT_KINDS)
     one = limiting_behaviour(series[1, 3], 0.2, 0.5, of=of)
-    assert one.kind == KINDS[int(found.kind[1, 1, 1, 3])] and one.amplitude == float(found.amplitude[1, 3])
+    assert one.kind == LIMIT_KINDS[int(found.kind[1, 1, 1, 3])] and one.amplitude == float(
+        found.amplitude[1, 3]
+    )
 
 
 def test_the_table_and_the_file(tmp_path: Path) -> None:
     found = limiting_behaviours(many("cosine", 20)[:, :2], tau=(0.05, 0.1))
     table = found.to_dataframe()
     assert len(table) == 20 and set(table.tau) == {0.05, 0.1} and set(table.rho) == {0.9}
-    assert table.kind[13] == KINDS[int(found.kind[1, 0].flatten()[3])]
+    assert table.kind[13] == LIMIT_KINDS[int(found.kind[1, 0].flatten()[3])]
     found.save(tmp_path / "kinds")
     assert torch.equal(LimitingBehaviours.load(tmp_path / "kinds").kind, found.kind)
 

@@ -9,22 +9,22 @@ import pandas as pd
 import pytest
 import torch
 
-from loop_lens.dynamics import LocalDynamics, local_dynamics
-from loop_lens.moments import DivergedError
+from loop_lens.dynamics import StepGeometry, step_geometry
+from loop_lens.measuring.moments import DivergedError
 from tests.dynamics.loops import loop_of, rotation, starting_at
 from tests.interventions.models import MODELS, opened, prompts, wrapped
 
 TOKENS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
 
-def values(found: LocalDynamics, metric: str, first: int = 2) -> list[float]:
+def values(found: StepGeometry, metric: str, first: int = 2) -> list[float]:
     return found.mean(metric)[first:, -1].tolist()
 
 
 def test_a_contraction_shrinks_straight_on() -> None:
     model = loop_of(0.5 * torch.eye(24), inject=1.0, recurrences=7)
     starting_at(model, 2, 3)
-    found = local_dynamics(model, TOKENS)
+    found = step_geometry(model, TOKENS)
     steps = found.mean("step")[:, -1]
     assert values(found, "contraction") == pytest.approx([0.5] * 5, rel=1e-3)
     assert values(found, "step_angle") == pytest.approx([0] * 5, abs=3e-3)
@@ -37,7 +37,7 @@ def test_a_rotation_turns_by_its_angle_and_drifts_along_a_chord() -> None:
     angle = 0.4
     model = loop_of(rotation(24, angle), recurrences=30)
     state = starting_at(model, 2, 3)
-    found = local_dynamics(model, TOKENS)
+    found = step_geometry(model, TOKENS)
     assert values(found, "contraction") == pytest.approx([1] * 28, rel=1e-3)
     assert values(found, "step_angle") == pytest.approx([angle] * 28, rel=1e-2)
     step = 2 * math.sin(angle / 2) * float(state.norm(dim=-1).mean())
@@ -49,7 +49,7 @@ def test_a_rotation_turns_by_its_angle_and_drifts_along_a_chord() -> None:
 
 def test_a_translation_keeps_its_pace() -> None:
     model = loop_of(torch.eye(24), inject=1.0)
-    found = local_dynamics(model, TOKENS)
+    found = step_geometry(model, TOKENS)
     for metric, known in (("contraction", 1), ("step_angle", 0), ("acceleration", 0), ("drift_to_loop", 1)):
         assert values(found, metric) == pytest.approx([known] * 6, abs=5e-3)
 
@@ -57,7 +57,7 @@ def test_a_translation_keeps_its_pace() -> None:
 def test_steps_as_small_as_rounding_do_not_count() -> None:
     model = loop_of(0.1 * torch.eye(24), inject=1.0, recurrences=20)
     starting_at(model, 2, 3)
-    found = local_dynamics(model, TOKENS)
+    found = step_geometry(model, TOKENS)
     resolved = values(found, "resolved")
     assert resolved[0] == 1 and resolved[-1] == 0
     measured = [v for v in values(found, "contraction") if not math.isnan(v)]
@@ -69,7 +69,7 @@ def test_steps_as_small_as_rounding_do_not_count() -> None:
 def test_against_the_cache(name: str) -> None:
     model = opened(name)
     tokens, _ = prompts(model)
-    found = local_dynamics(model, tokens)
+    found = step_geometry(model, tokens)
     _, cache = model.run_with_cache(tokens)
     loop = model.schedule.innermost_loop
     for column, layer in enumerate(found.layers):
@@ -95,13 +95,13 @@ def test_against_the_cache(name: str) -> None:
 def test_parts_merge_exactly_and_padding_changes_nothing(tmp_path: Path) -> None:
     model = wrapped(injection="linear", initial_state="noise", recurrences=5)
     texts = ["w1 w2 w3", "w4", "w6 w7 w8", "w9 w10 w11 w12"]
-    whole = local_dynamics(model, texts)
-    parts = [local_dynamics(model, texts[i::2], batch_size=1) for i in (0, 1)]
+    whole = step_geometry(model, texts)
+    parts = [step_geometry(model, texts[i::2], batch_size=1) for i in (0, 1)]
     merged = parts[0].merge(parts[1])
     for metric in whole.metrics:
         assert torch.allclose(whole.mean(metric), merged.mean(metric), rtol=1e-5, atol=1e-6, equal_nan=True)
     whole.save(tmp_path / "local")
-    assert torch.equal(LocalDynamics.load(tmp_path / "local").moments.total, whole.moments.total)
+    assert torch.equal(StepGeometry.load(tmp_path / "local").moments.total, whole.moments.total)
     whole.to_parquet(tmp_path / "local.parquet")
     table = pd.read_parquet(tmp_path / "local.parquet")
     assert table.layer.isna().sum() == 5 and set(table[table.layer.isna()].site) == {"state_out"}
@@ -111,12 +111,12 @@ def test_parts_merge_exactly_and_padding_changes_nothing(tmp_path: Path) -> None
 def test_bad_requests() -> None:
     model = wrapped(recurrences=2)
     with pytest.raises(ValueError, match=r"at least 3 iterations, and 'loop' runs 2: set_recurrences\(3\)"):
-        local_dynamics(model, TOKENS)
+        step_geometry(model, TOKENS)
     with pytest.raises(ValueError, match="'coda' does not loop: the loops are loop"):
-        local_dynamics(model, TOKENS, segment="coda")
+        step_geometry(model, TOKENS, segment="coda")
     model.set_recurrences(4)
     blow_up = (model.name("state_out", iteration=2), lambda value, hook: value * math.nan)
     with model.hooks(fwd_hooks=[blow_up]), pytest.raises(DivergedError, match="first at iteration 2"):
-        local_dynamics(model, TOKENS)
+        step_geometry(model, TOKENS)
     assert not any(point.fwd_hooks for point in model.hook_points())
-    assert local_dynamics(model, torch.tensor([[5]])).mean("step")[1:].isfinite().all()
+    assert step_geometry(model, torch.tensor([[5]])).mean("step")[1:].isfinite().all()

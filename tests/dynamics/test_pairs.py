@@ -10,8 +10,8 @@ import torch
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 from loop_lens import UnknownNameError
-from loop_lens.dynamics import PairMaps, pair_maps
-from loop_lens.moments import DivergedError
+from loop_lens.dynamics import FiringSimilarity, firing_similarity
+from loop_lens.measuring.moments import DivergedError
 from tests.dynamics.test_attention import TEXTS, measured
 from tests.interventions.models import opened, prompts, wrapped
 from tests.interventions.test_paths import linear_loop
@@ -25,8 +25,8 @@ from tests.oracles.unrolled import decoder
 def test_against_the_cache(name: str) -> None:
     model = opened(name)
     tokens, _ = prompts(model)
-    found = pair_maps(model, tokens)
-    by_head = pair_maps(model, tokens, per_head=True)
+    found = firing_similarity(model, tokens)
+    by_head = firing_similarity(model, tokens, per_head=True)
     _, cache = model.run_with_cache(tokens)
     n, heads = len(model.schedule), range(model.cfg.n_heads)
     assert found.depths == tuple(range(n))
@@ -60,7 +60,7 @@ def test_patterns_that_differ_by_little_are_told_apart() -> None:
                 parameter.zero_()
     model.set_recurrences(14)
     tokens = torch.tensor([[1, 2, 3, 4, 5]])
-    found = pair_maps(model, tokens, iteration=slice(0, None), metrics=("frobenius",), per_head=True)
+    found = firing_similarity(model, tokens, iteration=slice(0, None), metrics=("frobenius",), per_head=True)
     _, cache = model.run_with_cache(tokens)
     patterns = cache.over_iterations("pattern", layer=0)[:, 0].double()
     for t in range(6, 14):
@@ -72,15 +72,15 @@ def test_patterns_that_differ_by_little_are_told_apart() -> None:
 
 def test_a_choice_of_firings() -> None:
     model = wrapped(injection="linear", initial_state="noise", recurrences=5)
-    whole = pair_maps(model, TEXTS)
-    chosen = pair_maps(model, TEXTS, segment="loop", iteration=[1, 4], layer=1)
+    whole = firing_similarity(model, TEXTS)
+    chosen = firing_similarity(model, TEXTS, segment="loop", iteration=[1, 4], layer=1)
     assert (chosen.segments, chosen.iterations, chosen.layers) == (("loop", "loop"), (1, 4), (1, 1))
     a, b = chosen.depths
     for metric in chosen.metrics:
         assert float(chosen.mean(metric)[0, 1]) == pytest.approx(float(whole.mean(metric)[a, b]), rel=1e-6)
-    last = pair_maps(model, TEXTS, iteration=slice(-2, None), metrics=("cosine",))
+    last = firing_similarity(model, TEXTS, iteration=slice(-2, None), metrics=("cosine",))
     assert last.iterations == (3, 3, 4, 4) and last.attention is None and last.boundaries == [0, 2]
-    nested = pair_maps(opened("hrm_text"), torch.tensor([[1, 2, 3]]), segment="L", iteration=(1, 0))
+    nested = firing_similarity(opened("hrm_text"), torch.tensor([[1, 2, 3]]), segment="L", iteration=(1, 0))
     assert nested.iterations == ((1, 0), (1, 0))
 
 
@@ -88,7 +88,7 @@ def test_a_feed_forward_model() -> None:
     net = decoder("llama")
     model = build_bridge_from_module(net, "LlamaForCausalLM", hf_config=net.config, tokenizer=None)
     tokens = torch.tensor([[1, 2, 3, 4]])
-    found = pair_maps(model, tokens)
+    found = firing_similarity(model, tokens)
     assert found.segments == ("blocks",) * 6 and found.iterations == (None,) * 6
     _, cache = model.run_with_cache(tokens)
     gap = cache["pattern", 0] - cache["pattern", 5]
@@ -101,27 +101,27 @@ def test_padding_changes_nothing_and_parts_merge(tmp_path: Path) -> None:
     model = opened("huginn")
     generator = torch.Generator().manual_seed(1)
     each = [torch.randint(1, model.cfg.d_vocab, (n,), generator=generator) for n in (3, 9, 5)]
-    together = pair_maps(model, each, batch_size=3)
-    alone = [pair_maps(model, [p]) for p in each]
+    together = firing_similarity(model, each, batch_size=3)
+    alone = [firing_similarity(model, [p]) for p in each]
     merged = alone[0].merge(alone[1]).merge(alone[2])
     for metric in together.metrics:
         for over in ("values", "prompts"):
             a, b = together.mean(metric, over=over), merged.mean(metric, over=over)
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
-    halves = pair_maps(model, each[:1]).merge(pair_maps(model, each[1:], batch_size=1))
+    halves = firing_similarity(model, each[:1]).merge(firing_similarity(model, each[1:], batch_size=1))
     for metric in together.metrics:
         assert torch.allclose(merged.mean(metric), halves.mean(metric), rtol=1e-6, atol=1e-6)
     together.save(tmp_path / "maps")
-    again = PairMaps.load(tmp_path / "maps")
+    again = FiringSimilarity.load(tmp_path / "maps")
     assert again.to_dataframe().equals(together.to_dataframe())
     together.to_parquet(tmp_path / "maps.parquet")
     with pytest.raises(ValueError, match="metrics differ"):
-        together.merge(pair_maps(model, each, metrics=("tv",)))
+        together.merge(firing_similarity(model, each, metrics=("tv",)))
 
 
 def test_table_and_picture() -> None:
     model = wrapped(recurrences=3)
-    found = pair_maps(model, TEXTS, per_head=True)
+    found = firing_similarity(model, TEXTS, per_head=True)
     table = found.to_dataframe()
     assert len(table) == model.cfg.n_heads * len(model.schedule) ** 2
     row = table[(table["head"] == 1) & (table["depth"] == 2) & (table["other"] == 5)].iloc[0]
@@ -136,23 +136,23 @@ def test_table_and_picture() -> None:
     with pytest.raises(ValueError, match="heads 0-2"):
         found.plot("tv", head=3)
     with pytest.raises(ValueError, match="per_head=True"):
-        pair_maps(model, TEXTS).plot("tv", head=0)
+        firing_similarity(model, TEXTS).plot("tv", head=0)
 
 
 def test_bad_requests() -> None:
     model = wrapped(recurrences=4)
     with pytest.raises(ValueError, match="metric 'speed' is unknown"):
-        pair_maps(model, TEXTS, metrics=("speed",))
+        firing_similarity(model, TEXTS, metrics=("speed",))
     with pytest.raises(ValueError, match="at least two firings"):
-        pair_maps(model, TEXTS, iteration=0, layer=0)
+        firing_similarity(model, TEXTS, iteration=0, layer=0)
     with pytest.raises(UnknownNameError, match="iteration 9 does not exist: there are 0 to 3"):
-        pair_maps(model, TEXTS, iteration=9)
+        firing_similarity(model, TEXTS, iteration=9)
     with pytest.raises(ValueError, match="prompt 0 has one token"):
-        pair_maps(model, torch.tensor([[1]]))
-    assert pair_maps(model, torch.tensor([[1]]), metrics=("cosine",)).metrics == ("cosine",)
+        firing_similarity(model, torch.tensor([[1]]))
+    assert firing_similarity(model, torch.tensor([[1]]), metrics=("cosine",)).metrics == ("cosine",)
     name = model.name("resid_post", iteration=2, layer=1)
     with (
         model.hooks(fwd_hooks=[(name, lambda value, hook: value * float("nan"))]),
         pytest.raises(DivergedError, match="loop iteration 2, layer 1"),
     ):
-        pair_maps(model, TEXTS)
+        firing_similarity(model, TEXTS)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loop_lens import HookedLoopedTransformer
 from loop_lens.dynamics import PathIndependence, path_independence
-from loop_lens.moments import DivergedError
+from loop_lens.measuring.moments import DivergedError
 from tests.dynamics.loops import loop_of, rotation
 from tests.interventions.models import MODELS, opened, prompts, wrapped
 

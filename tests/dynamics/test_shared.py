@@ -15,8 +15,14 @@ from accelerate import PartialState
 from torch.multiprocessing.spawn import spawn
 
 from loop_lens import HookedLoopedTransformer
-from loop_lens.dynamics import attention_bound, attention_settling, convergence, extrapolate, pair_maps
-from loop_lens.moments import Moments
+from loop_lens.dynamics import (
+    attention_bound,
+    attention_settling,
+    convergence,
+    extrapolate,
+    firing_similarity,
+)
+from loop_lens.measuring.moments import Moments
 from tests.interventions.models import opened
 
 LENGTHS = (3, 9, 5, 2, 7)
@@ -25,7 +31,7 @@ MEASURES: dict[str, Callable[[HookedLoopedTransformer, Any], Any]] = {
         model, prompts, reference=6, batch_size=2, progress=False
     ),
     "settling": lambda model, prompts: attention_settling(model, prompts, batch_size=2, progress=False),
-    "pairs": lambda model, prompts: pair_maps(model, prompts, batch_size=2, progress=False),
+    "pairs": lambda model, prompts: firing_similarity(model, prompts, batch_size=2, progress=False),
     "bound": lambda model, prompts: attention_bound(model, prompts, batch_size=2, progress=False),
     "extrapolation": lambda model, prompts: extrapolate(
         model, prompts, recurrences=(1, 2, 6), batch_size=2, progress=False

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from loop_lens.dynamics import limit_table, local_dynamics, path_independence, trajectories
+from loop_lens.dynamics import limit_table, path_independence, step_geometry, trajectories
 from tests.interventions.models import opened
 
 LENGTHS = (3, 9, 5, 2, 7)
@@ -26,7 +26,7 @@ def every_measure(n: int) -> dict[str, Any]:
     prompts = [torch.randint(1, model.cfg.d_vocab, (length,), generator=generator) for length in LENGTHS[:n]]
     options: dict[str, Any] = {"batch_size": 2, "progress": False}
     return {
-        "local": local_dynamics(model, prompts, **options),
+        "local": step_geometry(model, prompts, **options),
         "limits": limit_table(model, prompts, tau=(0.05, 0.2), **options),
         "paths": path_independence(model, prompts, starts=2, **options),
         "chosen": trajectories(model, prompts, components=2, **options),

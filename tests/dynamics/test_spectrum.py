@@ -12,16 +12,11 @@ import torch
 from torch import Tensor
 
 from loop_lens import HookedLoopedTransformer, UnknownNameError
-from loop_lens.dynamics import (
-    JacobianSpectrum,
-    jacobian_spectrum,
-    leading_singular_value,
-    spectral_radius,
-)
+from loop_lens.dynamics import JacobianSpectrum, jacobian_spectrum, leading_singular_value, spectral_radius
 from loop_lens.dynamics.krylov import largest_eigenvalue, largest_singular_value
 from loop_lens.dynamics.linearised import IterationMap
-from loop_lens.moments import DivergedError
-from loop_lens.schedule import Iteration
+from loop_lens.measuring.moments import DivergedError
+from loop_lens.unrolling.tree import Iteration
 from tests.dynamics.loops import loop_of, rotation
 from tests.interventions.models import MODELS, opened, prompts
 

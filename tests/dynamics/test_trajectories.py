@@ -14,7 +14,7 @@ import torch
 from loop_lens import HookedLoopedTransformer
 from loop_lens.dynamics import Trajectories, trajectories
 from loop_lens.dynamics.trajectories import Scatter, TrajectoryProbe
-from loop_lens.moments import DivergedError
+from loop_lens.measuring.moments import DivergedError
 from tests.dynamics.loops import loop_of, rotation, starting_at
 from tests.interventions.models import MODELS, opened, prompts, wrapped
 

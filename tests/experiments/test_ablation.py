@@ -31,8 +31,8 @@ from loop_lens.experiments.ablation_verdicts import (
     summaries,
 )
 from loop_lens.experiments.commands.ablation import main
-from loop_lens.model import LoopedTransformer
-from loop_lens.moments import Moments
+from loop_lens.measuring.moments import Moments
+from loop_lens.models.native import LoopedTransformer
 from loop_lens.stages import Stages
 
 DOCUMENTS = [f"Words {i} are made of letters, and sentences of words. " * 6 for i in range(40)]

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import loop_lens
 from loop_lens.dynamics import convergence
 from loop_lens.experiments.__main__ import build
-from loop_lens.experiments.opening import open_looped, read_prompts
+from loop_lens.experiments.opening import open_looped, prompts_from
 from loop_lens.stages import stages
 from tests.conftest import GOLDENS
 from tests.interventions.models import wrapped
@@ -100,18 +100,18 @@ def test_prompts_come_from_files_and_from_the_documentation(
     model = wrapped()
     text = tmp_path / "text.txt"
     text.write_text("w1 w2\nw3\n\n\nw4 w5 w6 w7\n")
-    found = read_prompts(model, str(text), length=3)
+    found = prompts_from(model, str(text), length=3)
     assert [model.tokenizer.decode(tokens) for tokens in found] == [
         model.tokenizer.decode(model.to_tokens(t)[0, :3]) for t in ("w1 w2 w3", "w4 w5 w6 w7")
     ]
     table = tmp_path / "table.csv"
     pd.DataFrame({"question": ["w1 w2"], "n": [1]}).to_csv(table)
-    assert len(read_prompts(model, str(table), column="question")) == 1
+    assert len(prompts_from(model, str(table), column="question")) == 1
     with pytest.raises(ValueError, match=r"no column 'text': it has .*question"):
-        read_prompts(model, str(table))
+        prompts_from(model, str(table))
     documents = [" ".join(f"w{i}" for i in range(n)) for n in (3, 20, 5, 30)]
     monkeypatch.setattr("loop_lens.experiments.opening.standard_library_documents", lambda: documents)
-    assert [len(tokens) for tokens in read_prompts(model, "stdlib", count=3, length=16)] == [16, 16, 4]
+    assert [len(tokens) for tokens in prompts_from(model, "stdlib", count=3, length=16)] == [16, 16, 4]
 
 
 def test_no_prompts_is_an_error(tmp_path: Path) -> None:
@@ -119,6 +119,6 @@ def test_no_prompts_is_an_error(tmp_path: Path) -> None:
     text.write_text("\n\n")
     model: Any = wrapped()
     with pytest.raises(ValueError, match="no prompts"):
-        read_prompts(model, str(text))
+        prompts_from(model, str(text))
     with pytest.raises(ValueError, match="too few"):
-        read_prompts(model, "stdlib", count=0)
+        prompts_from(model, "stdlib", count=0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loop_lens import HookedLoopedTransformer, UnknownNameError, patch_sweep
-from loop_lens.interventions import Node, path_patch
+from loop_lens.interventions import PathNode, path_patch
 from tests.interventions.models import difference, opened, prompts, wrapped
 
 
@@ -37,8 +37,8 @@ def linear_loop() -> HookedLoopedTransformer:
 def test_all_paths_add_up_to_the_full_patch_in_a_linear_loop() -> None:
     model = linear_loop()
     clean, corrupted = prompts(model)
-    sender = Node("mlp_out", segment="prelude", layer=0)
-    middle = [*(Node("mlp_out", t, 0) for t in range(3)), Node("mlp_out", segment="coda", layer=0)]
+    sender = PathNode("mlp_out", segment="prelude", layer=0)
+    middle = [*(PathNode("mlp_out", t, 0) for t in range(3)), PathNode("mlp_out", segment="coda", layer=0)]
 
     def effect(**options: Any) -> float:
         found = path_patch(model, clean, corrupted, difference, senders=sender, **options)
@@ -80,7 +80,7 @@ def test_over_all_paths_it_is_the_plain_patch(name: str) -> None:
     clean, corrupted = prompts(model)
     its = model.schedule.iterations(model.schedule.innermost_loop)
     result = patch_sweep(model, clean, corrupted, difference, site="z", over=("iteration", "layer", "head"))
-    senders = [Node("z", t, 0, h) for t in its[:2] for h in (0, 1)]
+    senders = [PathNode("z", t, 0, h) for t in its[:2] for h in (0, 1)]
     paths = path_patch(model, clean, corrupted, difference, senders=senders, mediators="all")
     expected = [result.values[i, 0, h] for i in (0, 1) for h in (0, 1)]
     assert torch.allclose(paths.values[:, 0], torch.stack(expected), atol=1e-5)
@@ -93,8 +93,8 @@ def test_over_all_paths_it_is_the_plain_patch(name: str) -> None:
 def test_from_head_to_head_by_hand(name: str) -> None:
     model = opened(name)
     clean, corrupted = prompts(model)
-    sender, receiver = Node("z", 0, 0, 1), Node("q", 2, 0, 0)
-    mediator = Node("mlp_out", 1, 0)
+    sender, receiver = PathNode("z", 0, 0, 1), PathNode("q", 2, 0, 0)
+    mediator = PathNode("mlp_out", 1, 0)
     result = path_patch(
         model, clean, corrupted, difference, senders=sender, receivers=[receiver, None], mediators=[mediator]
     )
@@ -130,16 +130,16 @@ def test_from_head_to_head_by_hand(name: str) -> None:
 def test_a_single_head_may_mediate() -> None:
     model = opened("ouro")
     clean, corrupted = prompts(model)
-    sender = Node("mlp_out", 0, 0)
+    sender = PathNode("mlp_out", 0, 0)
     heads = range(model.cfg.n_heads)
     one = path_patch(
-        model, clean, corrupted, difference, senders=sender, mediators=[Node("z", 1, 0, h) for h in heads]
+        model, clean, corrupted, difference, senders=sender, mediators=[PathNode("z", 1, 0, h) for h in heads]
     )
     whole = path_patch(
-        model, clean, corrupted, difference, senders=sender, mediators=[Node("attn_out", 1, 0)]
+        model, clean, corrupted, difference, senders=sender, mediators=[PathNode("attn_out", 1, 0)]
     )
     assert torch.allclose(one.values, whole.values, atol=1e-5)
-    some = path_patch(model, clean, corrupted, difference, senders=sender, mediators=[Node("z", 1, 0, 0)])
+    some = path_patch(model, clean, corrupted, difference, senders=sender, mediators=[PathNode("z", 1, 0, 0)])
     none = path_patch(model, clean, corrupted, difference, senders=sender)
     assert len({round(r.values.item(), 6) for r in (one, some, none)}) == 3
 
@@ -148,9 +148,9 @@ def test_a_single_head_may_mediate() -> None:
 def test_the_table_the_picture_and_bad_requests() -> None:
     model = wrapped()
     clean, corrupted = prompts(model)
-    senders = [Node("z", 0, 1, 2), Node("mlp_out", 1, 0)]
+    senders = [PathNode("z", 0, 1, 2), PathNode("mlp_out", 1, 0)]
     result = path_patch(
-        model, clean, corrupted, difference, senders=senders, receivers=[None, Node("q", 2, 0, 1)]
+        model, clean, corrupted, difference, senders=senders, receivers=[None, PathNode("q", 2, 0, 1)]
     )
     table = result.to_dataframe()
     assert list(table.sender) == ["t0.l1.z.h2"] * 2 + ["t1.l0.mlp_out"] * 2
@@ -162,10 +162,10 @@ def test_the_table_the_picture_and_bad_requests() -> None:
         with pytest.raises(error, match=says):
             path_patch(model, clean, corrupted, difference, **({"senders": senders} | options))
 
-    bad("fires before", receivers=Node("q", 0, 0, 1), senders=Node("z", 1, 0))
-    bad("neither attention", mediators=[Node("resid_post", 0, 1)])
-    bad("has heads 0-2", senders=Node("z", 0, 0, 7))
-    bad("names a head", senders=Node("mlp_out", 0, 0, 1))
-    bad("iteration 9", UnknownNameError, senders=Node("z", 9, 0))
+    bad("fires before", receivers=PathNode("q", 0, 0, 1), senders=PathNode("z", 1, 0))
+    bad("neither attention", mediators=[PathNode("resid_post", 0, 1)])
+    bad("has heads 0-2", senders=PathNode("z", 0, 0, 7))
+    bad("names a head", senders=PathNode("mlp_out", 0, 0, 1))
+    bad("iteration 9", UnknownNameError, senders=PathNode("z", 9, 0))
     bad("at least one", senders=[])
     assert not any(point.fwd_hooks for point in model.registry.existing())

@@ -17,7 +17,6 @@ from loop_lens.interventions import (
     cut_injection,
     edit,
     freeze,
-    noise,
     reorder,
     replace_injection,
     skip,
@@ -249,7 +248,7 @@ def test_ablations() -> None:
 def test_noise_belongs_to_the_prompt_and_the_position() -> None:
     model = opened("huginn")
     tokens, _ = prompts(model)
-    with noise(model, 0.5, seed=1):
+    with add_noise(model, 0.5, seed=1):
         noisy, cache = model.run_with_cache(
             tokens, names_filter=["hook_initial_state", "loop.0.hook_state_in"]
         )
@@ -260,7 +259,7 @@ def test_noise_belongs_to_the_prompt_and_the_position() -> None:
     assert not torch.allclose(added[0], added[1])
     assert torch.allclose(noisy[:, :4], shorter, atol=1e-5)
     assert torch.allclose(noisy[:1], alone, atol=1e-5)
-    with noise(model, 0.5, seed=2):
+    with add_noise(model, 0.5, seed=2):
         assert not torch.allclose(model(tokens), noisy)
 
 
@@ -280,7 +279,7 @@ SURGERIES: dict[str, Surgery] = {
     "skip": lambda m: skip(m, _its(m)[1]),
     "ablate": lambda m: ablate(m, "attn_out", iterations=_its(m)[1], layers=0, positions=[2, 7]),
     "steer": lambda m: steer(m, torch.ones(m.cfg.d_model), iterations=_its(m)[0], layers=0, positions=[8]),
-    "noise": lambda m: noise(m, 0.3, iterations=_its(m)[1]),
+    "add_noise": lambda m: add_noise(m, 0.3, iterations=_its(m)[1]),
 }
 
 

@@ -14,11 +14,10 @@ from loop_lens import UnknownNameError, patch_sweep
 from loop_lens.interventions import (
     KL,
     LogitDiff,
-    Loss,
+    NextTokenLoss,
     Probability,
     Rank,
     ablate,
-    noise,
     skip,
     steer,
     transplant,
@@ -242,7 +241,7 @@ def test_foreign_hooks_are_respected_by_running_whole_forwards() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["huginn", "ouro", "hrm_text", "looped_llama", "given_state"])
-@pytest.mark.parametrize("kind", ["skip", "ablate", "steer", "noise", "transplant"])
+@pytest.mark.parametrize("kind", ["skip", "ablate", "steer", "add_noise", "transplant"])
 def test_surgery_holds_inside_sweeps(name: str, kind: str) -> None:
     model = opened(name)
     clean, corrupted = prompts(model)
@@ -250,7 +249,7 @@ def test_surgery_holds_inside_sweeps(name: str, kind: str) -> None:
     vector = torch.randn(model.cfg.d_model)
     _, elsewhere = model.run_with_cache(corrupted.flip(1))
     surgery = {
-        "noise": lambda: noise(model, 0.5, iterations=first),
+        "add_noise": lambda: add_noise(model, 0.5, iterations=first),
         "transplant": lambda: transplant(model, "mlp_out", source=first, to=first, cache=elsewhere),
         "skip": lambda: skip(model, first),
         "ablate": lambda: ablate(model, "z", iterations=first, layers=0, positions=[3, 5], heads=[1]),
@@ -290,7 +289,7 @@ def test_metrics_of_our_own_read_what_functions_of_logits_read() -> None:
             ).sum(-1),
         ),
         (
-            Loss(clean),
+            NextTokenLoss(clean),
             lambda x: torch.nn.functional.cross_entropy(
                 x[:, :-1].transpose(1, 2), clean[:, 1:], reduction="none"
             ).mean(-1),

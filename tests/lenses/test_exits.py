@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from loop_lens.lenses import RULES, exit_curve, exit_probabilities, exit_scores, exits
+from loop_lens.lenses import EXIT_RULES, exit_curve, exit_probabilities, exit_scores
 from loop_lens.lenses.exits import plot_exit_curve
 from tests.interventions.models import FAMILIES, opened, prompts
 
@@ -62,7 +62,7 @@ def test_acceleration_by_hand() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rule", [r for r in RULES if r != "gate"])
+@pytest.mark.parametrize("rule", [r for r in EXIT_RULES if r != "gate"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_said_at_the_exit_is_what_the_model_says_at_that_depth(name: str, rule: str) -> None:
     model = opened(name)
@@ -79,7 +79,7 @@ def test_what_is_said_at_the_exit_is_what_the_model_says_at_that_depth(name: str
     scores = exit_scores(rule, states=states, logits=logits)
     middle = float(scores[1:].flatten().median()) if rule != "argmax" else 1.0
     threshold = middle if math.isfinite(middle) else 1.0
-    result = exits(model, tokens, rule=rule, threshold=threshold)
+    result = find_exits(model, tokens, rule=rule, threshold=threshold)
     assert torch.allclose(result.scores, scores, atol=1e-5, rtol=1e-3)
     for b in range(tokens.shape[0]):
         for p in range(tokens.shape[1]):
@@ -104,7 +104,7 @@ def test_ouros_gate_and_the_curve() -> None:
     tokens, _ = prompts(model)
     _, cache = model.run_with_cache(tokens)
     gates = torch.stack([cache[f"loop.{t}.hook_exit_gate"] for t in range(model.recurrences)])
-    result = exits(model, tokens, rule="gate", threshold=0.6)
+    result = find_exits(model, tokens, rule="gate", threshold=0.6)
     cumulated = exit_probabilities(gates).cumsum(0)
     assert torch.allclose(result.scores, cumulated, atol=1e-6)
     assert torch.equal(result.iterations, (cumulated >= 0.6).float().argmax(0) + 1)
@@ -121,10 +121,10 @@ def test_bad_requests() -> None:
     model = opened("huginn")
     tokens, _ = prompts(model)
     with pytest.raises(ValueError, match="rule 'soon' is unknown"):
-        exits(model, tokens, rule="soon")
+        find_exits(model, tokens, rule="soon")
     with pytest.raises(ValueError, match="rule 'soon' is unknown"):
         exit_curve(model, tokens, rule="soon", thresholds=[0.1])
     with pytest.raises(ValueError, match="needs a model with an exit gate"):
-        exits(model, tokens, rule="gate")
+        find_exits(model, tokens, rule="gate")
     with pytest.raises(ValueError, match="looks at states"):
         exit_scores("latent", logits=torch.ones(2, 1, 1, 3))

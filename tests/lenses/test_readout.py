@@ -12,7 +12,7 @@ from transformer_lens.tools.analysis import JacobianLens, logit_lens
 
 import loop_lens
 from loop_lens import UnknownNameError
-from loop_lens.lenses import JacobianTransport, TunedLens, fit_jacobian, train_tuned_lens
+from loop_lens.lenses import LoopJacobianLens, TunedLens, fit_jacobian_lens, fit_tuned_lens
 from tests.interventions.models import FAMILIES, MODELS, opened, prompts, wrapped
 from tests.oracles.twin import untied_twin
 
@@ -136,7 +136,7 @@ TEXT = torch.randint(1, 48, (40, 12), generator=torch.Generator().manual_seed(2)
 def test_tuned_lens_is_never_worse_on_held_out_text(form: Any, shared: bool, tmp_path: Path) -> None:
     model = wrapped(injection="linear", initial_state="noise")
     before = {name: p.clone() for name, p in model.original_model.named_parameters()}
-    trained = train_tuned_lens(
+    trained = fit_tuned_lens(
         model,
         TEXT,
         form=form,
@@ -160,7 +160,7 @@ def test_tuned_lens_is_never_worse_on_held_out_text(form: Any, shared: bool, tmp
     again = TunedLens.load(trained.save(tmp_path / "lens.safetensors"))
     reread = loop_lens.lens(model, held, kind="tuned", lens=again)
     assert torch.equal(reread.kl, result.kl) and again.report.equals(report)
-    same = train_tuned_lens(
+    same = fit_tuned_lens(
         model,
         TEXT,
         form=form,
@@ -192,7 +192,7 @@ def test_jacobian_lens_on_the_untied_twin() -> None:
     theirs = JacobianLens.fit(
         twin, WORDS, corpus="w", skip_first_positions=0, dim_batch=8, show_progress=False
     )
-    ours = fit_jacobian(model, WORDS, progress=False)
+    ours = fit_jacobian_lens(model, WORDS, progress=False)
     for layer, matrix in theirs.jacobians.items():
         assert torch.allclose(ours.matrices[model.schedule[layer].prefix], matrix.float(), atol=1e-4)
     tokens = model.to_tokens(WORDS[0])
@@ -209,17 +209,16 @@ def test_the_factorised_jacobian_is_exact_on_a_linear_loop(tmp_path: Path) -> No
     from tests.interventions.test_paths import linear_loop
 
     model = linear_loop()
-    whole = fit_jacobian(model, WORDS, progress=False)
-    parts = fit_jacobian(model, WORDS, factorised=True, progress=False)
-    from loop_lens.interventions.sites import spot
+    whole = fit_jacobian_lens(model, WORDS, progress=False)
+    parts = fit_jacobian_lens(model, WORDS, factorised=True, progress=False)
 
     for firing in model.schedule:
-        at = spot(model, f"{firing.prefix}.hook_resid_post")
+        at = model.locate(f"{firing.prefix}.hook_resid_post")
         assert torch.allclose(whole.matrix(at, model), parts.matrix(at, model), atol=1e-4)
-    again = JacobianTransport.load(parts.save(tmp_path / "j.safetensors"))
+    again = LoopJacobianLens.load(parts.save(tmp_path / "j.safetensors"))
     model.set_recurrences(6)  # it serves other numbers of iterations
-    longer = fit_jacobian(model, WORDS, progress=False)
-    at = spot(model, "loop.0.blocks.0.hook_resid_post")
+    longer = fit_jacobian_lens(model, WORDS, progress=False)
+    at = model.locate("loop.0.blocks.0.hook_resid_post")
     assert torch.allclose(longer.matrix(at, model), again.matrix(at, model), atol=1e-4)
     with pytest.raises(ValueError, match="another number of iterations"):
         loop_lens.lens(model, "w1 w2", kind="jacobian", lens=whole)
@@ -233,9 +232,9 @@ def test_factorised_on_families(name: str) -> None:
     tokens, _ = prompts(model, n=1, length=5)
     if name == "hrm_text":
         with pytest.raises(ValueError, match="loops in loops"):
-            fit_jacobian(model, [tokens[0]], factorised=True, progress=False)  # type: ignore[list-item]
+            fit_jacobian_lens(model, [tokens[0]], factorised=True, progress=False)  # type: ignore[list-item]
         return
-    lens = fit_jacobian(model, [tokens[0]], factorised=True, progress=False)  # type: ignore[list-item]
+    lens = fit_jacobian_lens(model, [tokens[0]], factorised=True, progress=False)  # type: ignore[list-item]
     result = loop_lens.lens(model, tokens, kind="jacobian", lens=lens)
     assert result.kl.isfinite().all()
 
@@ -276,11 +275,13 @@ def test_lenses_of_other_models_and_kinds_without_meaning() -> None:
     with pytest.raises(ValueError, match="has no meaning for this model"):
         loop_lens.lens(opened("looped_llama"), tokens, kind="native")
     with pytest.raises(ValueError, match="rows of"):
-        train_tuned_lens(other, torch.ones(1, 9, dtype=torch.long), progress=False)
+        fit_tuned_lens(other, torch.ones(1, 9, dtype=torch.long), progress=False)
 
 
 def test_other_files_are_told_apart(tmp_path: Path) -> None:
     model = wrapped()
-    jacobian = fit_jacobian(model, WORDS, factorised=True, progress=False).save(tmp_path / "j.safetensors")
+    jacobian = fit_jacobian_lens(model, WORDS, factorised=True, progress=False).save(
+        tmp_path / "j.safetensors"
+    )
     with pytest.raises(ValueError, match="is no loop_lens tuned lens"):
         TunedLens.load(jacobian)

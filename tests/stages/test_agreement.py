@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import loop_lens
-from loop_lens.moments import Moments
-from loop_lens.schedule import Blocks, Loop, Schedule, Sequence
+from loop_lens.measuring.moments import Moments
 from loop_lens.stages import StageAgreement, Stages, stage_agreement, stages
+from loop_lens.unrolling.schedule import Schedule
+from loop_lens.unrolling.tree import Blocks, Loop, Segments
 from tests.oracles.unrolled import decoder
 from tests.stages.models import feed_forward
 
@@ -31,12 +32,12 @@ def made(schedule: Schedule, values: Any) -> Stages:
 
 def looping(times: int, core: int, prelude: int = 0, coda: int = 0) -> Schedule:
     return Schedule(
-        Sequence(Blocks("prelude", prelude), Loop("loop", times, Blocks("core", core)), Blocks("coda", coda))
+        Segments(Blocks("prelude", prelude), Loop("loop", times, Blocks("core", core)), Blocks("coda", coda))
     )
 
 
 def plain(n: int) -> Schedule:
-    return Schedule(Sequence(Blocks("blocks", n)))
+    return Schedule(Segments(Blocks("blocks", n)))
 
 
 def test_curves_in_closed_form() -> None:

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 import torch
 
-from loop_lens.stages import NeuronFractions, vocabulary_neurons
+from loop_lens.measuring.run import schedule_of
+from loop_lens.stages import NeuronFractions, prediction_neurons
 from loop_lens.stages import neurons as module
-from loop_lens.streaming import schedule_of
 from tests.interventions.models import FAMILIES, opened, wrapped
 from tests.stages.models import feed_forward
 
@@ -45,7 +45,7 @@ def effects(w_out: Any, w_u: Any, gain: Any, *, branch: Any = 1.0, centre: bool 
 @pytest.mark.parametrize("name", [*FAMILIES, "looped_llama", "looped_gpt2"])
 def test_each_family_by_hand(name: str, unit: bool) -> None:
     model = opened(name)
-    found = vocabulary_neurons(model, unit_tokens=unit)
+    found = prediction_neurons(model, unit_tokens=unit)
     inside: Any = model.original_model
     with torch.no_grad():
         w_u = array(inside.lm_head.weight)
@@ -71,7 +71,7 @@ def test_each_family_by_hand(name: str, unit: bool) -> None:
 def test_a_feed_forward_model_by_hand(name: str) -> None:
     model = feed_forward(name)
     inside: Any = model.original_model
-    found = vocabulary_neurons(model)
+    found = prediction_neurons(model)
     for b in range(model.cfg.n_layers):
         branch, centre = 1.0, False
         if name == "gpt2":
@@ -111,7 +111,7 @@ def handmade() -> Any:
 
 def test_neurons_made_by_hand_are_found() -> None:
     model = handmade()
-    found = vocabulary_neurons(model, unit_tokens=False)
+    found = prediction_neurons(model, unit_tokens=False)
     table = found.neurons_to_dataframe()
     table = table[table["block"] == 2]
     assert table["neuron"].tolist() == list(range(len(table)))
@@ -122,28 +122,28 @@ def test_neurons_made_by_hand_are_found() -> None:
     n = summary["neurons"][2]
     assert summary["prediction"][2] + summary["suppression"][2] == pytest.approx(int(expected) / n)
     assert found.threshold == 10
-    none = vocabulary_neurons(model, unit_tokens=False, threshold=1e6)
+    none = prediction_neurons(model, unit_tokens=False, threshold=1e6)
     assert none.prediction.tolist() == none.suppression.tolist() == [0, 0, 0]
 
 
 def test_blocks_of_tokens_and_neurons_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = opened("huginn")
-    whole = vocabulary_neurons(model)
+    whole = prediction_neurons(model)
     monkeypatch.setattr(module, "_TOKENS", 37)
     monkeypatch.setattr(module, "_NEURONS", 10)
-    parts = vocabulary_neurons(model)
+    parts = prediction_neurons(model)
     assert torch.allclose(parts.kurtosis, whole.kurtosis, rtol=1e-5)
     assert torch.allclose(parts.skew, whole.skew, rtol=1e-4, atol=1e-5)
 
 
 def test_the_number_of_iterations_and_folding_change_nothing() -> None:
     model = opened("retrofit_llama")
-    before, unembedding = vocabulary_neurons(model), model.W_U.detach().clone()
+    before, unembedding = prediction_neurons(model), model.W_U.detach().clone()
     model.set_recurrences(7)
-    assert torch.equal(vocabulary_neurons(model).kurtosis, before.kurtosis)
+    assert torch.equal(prediction_neurons(model).kurtosis, before.kurtosis)
     model.enable_compatibility_mode()
     assert not torch.equal(model.W_U, unembedding)  # the final norm is in it now
-    folded = vocabulary_neurons(model)
+    folded = prediction_neurons(model)
     assert torch.allclose(folded.kurtosis, before.kurtosis, rtol=1e-4)
     assert torch.allclose(folded.skew, before.skew, rtol=1e-3, atol=1e-4)
     assert not any(point.fwd_hooks for point in model.hook_points())
@@ -153,22 +153,22 @@ def test_neurons_without_effects_are_neither() -> None:
     model = handmade()
     with torch.no_grad():
         model.original_model.model.core[0].mlp.down_proj.weight.zero_()
-    found = vocabulary_neurons(model)
+    found = prediction_neurons(model)
     assert found.kurtosis[found.block == 1].isnan().all()
     assert float(found.prediction[1]) == float(found.suppression[1]) == 0
     with torch.no_grad():
         model.original_model.model.core[0].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinity"):
-        vocabulary_neurons(model)
+        prediction_neurons(model)
 
 
 def test_disk_and_plot(tmp_path: Path) -> None:
-    found = vocabulary_neurons(opened("ouro"))
+    found = prediction_neurons(opened("ouro"))
     found.save(tmp_path / "found")
     again = NeuronFractions.load(tmp_path / "found")
     pd.testing.assert_frame_equal(again.to_dataframe(), found.to_dataframe())
     assert torch.equal(again.kurtosis, found.kurtosis)
-    lines = found.plot(against={"plain": vocabulary_neurons(feed_forward("llama"))}).axes[0].lines
+    lines = found.plot(against={"plain": prediction_neurons(feed_forward("llama"))}).axes[0].lines
     assert [line.get_label() for line in lines] == [
         "prediction", "suppression", "prediction (plain)", "suppression (plain)"
     ]  # fmt: skip
@@ -178,4 +178,4 @@ def test_a_model_without_such_neurons_says_so() -> None:
     model = feed_forward("llama")
     del model.blocks[3].mlp._modules["out"]
     with pytest.raises(ValueError, match=r"blocks\.blocks\.3 has no MLP"):
-        vocabulary_neurons(model)
+        prediction_neurons(model)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from loop_lens.moments import DivergedError
+from loop_lens.measuring.moments import DivergedError
+from loop_lens.measuring.run import measure, schedule_of
 from loop_lens.stages import Stages, StagesProbe, stages
-from loop_lens.streaming import measure, schedule_of
 from tests.interventions.models import FAMILIES, MODELS, opened, prompts, wrapped
 from tests.stages.models import feed_forward
 from tests.stages.second_opinion import entropy, squared_shares

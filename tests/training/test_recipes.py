@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import loop_lens
 from loop_lens.data import HopsTask, Task, TextTask
-from loop_lens.model.config import LoopedConfig
+from loop_lens.models.native.config import LoopedConfig
 from loop_lens.training import __main__ as command
 from loop_lens.training.config import TrainingConfig
 from loop_lens.training.recipes import RECIPES, Recipe, build

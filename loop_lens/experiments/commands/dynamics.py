@@ -10,7 +10,7 @@ from accelerate import PartialState
 
 from loop_lens.experiments.dynamics_page import write_dynamics
 from loop_lens.experiments.dynamics_run import measure_dynamics
-from loop_lens.experiments.opening import open_looped, read_prompts
+from loop_lens.experiments.opening import open_looped, prompts_from
 
 
 def main(
@@ -39,7 +39,7 @@ def main(
                     f"--recurrences {recurrences} is too few: limiting behaviour needs 6 or more"
                 )
             looped.set_recurrences(recurrences)
-        rows = read_prompts(looped, prompts, count=count, length=length, column=column)
+        rows = prompts_from(looped, prompts, count=count, length=length, column=column)
         found = measure_dynamics(
             looped, rows, reference=reference, trained=trained, batch_size=batch_size, progress=progress
         )

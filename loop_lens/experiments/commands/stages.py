@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from accelerate import PartialState
 
-from loop_lens.experiments.opening import open_any, open_looped, read_prompts
+from loop_lens.experiments.opening import open_any, open_looped, prompts_from
 from loop_lens.experiments.stages_page import write_stages
 from loop_lens.stages import stages
 
@@ -34,13 +34,13 @@ def main(
     state = PartialState()
     try:
         looped = open_looped(model, recurrences=recurrences)
-        rows = read_prompts(looped, prompts, count=count, length=length, column=column)
+        rows = prompts_from(looped, prompts, count=count, length=length, column=column)
         found = stages(looped, rows, batch_size=batch_size, progress=progress)
         other = None
         if against is not None:
             reference = open_any(against)
             # The same text: where the tokenizers differ, so do the tokens.
-            theirs = read_prompts(reference, prompts, count=count, length=length, column=column)
+            theirs = prompts_from(reference, prompts, count=count, length=length, column=column)
             other = stages(reference, theirs, batch_size=batch_size, progress=progress)
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         raise typer.BadParameter(str(error)) from None

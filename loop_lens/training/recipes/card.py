@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from loop_lens.figures import new_figure
-from loop_lens.model.modeling import LoopedTransformer
+from loop_lens.figures.canvas import new_figure
+from loop_lens.models.native.modeling import LoopedTransformer
 from loop_lens.training.recipes.measure import Measured
 from loop_lens.training.recipes.recipe import Recipe
 from loop_lens.training.result import TrainingResult

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from loop_lens.data.hops import HopsTask
 from loop_lens.data.task import Task
-from loop_lens.model.config import LoopedConfig
-from loop_lens.model.modeling import LoopedTransformer
+from loop_lens.models.native.config import LoopedConfig
+from loop_lens.models.native.modeling import LoopedTransformer
 from loop_lens.training.config import TrainingConfig
 from loop_lens.training.curriculum import Curriculum
 from loop_lens.training.recipes.measure import Measured, measure_chain

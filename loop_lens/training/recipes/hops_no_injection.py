@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loop_lens.data.task import Task
-from loop_lens.model.config import LoopedConfig
+from loop_lens.models.native.config import LoopedConfig
 from loop_lens.training.recipes import hops
 from loop_lens.training.recipes.recipe import Recipe
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from loop_lens.data.task import Task
-from loop_lens.model.config import LoopedConfig
+from loop_lens.models.native.config import LoopedConfig
 from loop_lens.training.config import TrainingConfig
 from loop_lens.training.losses import ExitGateLoss
 from loop_lens.training.recipes import hops

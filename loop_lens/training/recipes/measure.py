@@ -14,8 +14,8 @@ from torch import Tensor
 
 from loop_lens.data.task import IGNORED, Task, TaskBatch
 from loop_lens.data.text import TextTask
-from loop_lens.model.modeling import LoopedTransformer
-from loop_lens.opening import wrap
+from loop_lens.models.native.modeling import LoopedTransformer
+from loop_lens.opening.entry import wrap
 from loop_lens.training.losses import exit_log_probabilities
 
 TEST_SEED = 10_000

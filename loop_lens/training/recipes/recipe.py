@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from loop_lens.data.task import Task
-from loop_lens.model.config import LoopedConfig
-from loop_lens.model.modeling import LoopedTransformer
+from loop_lens.models.native.config import LoopedConfig
+from loop_lens.models.native.modeling import LoopedTransformer
 from loop_lens.training.config import TrainingConfig
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loop_lens.data.task import Task
 from loop_lens.data.text import TextTask
-from loop_lens.model.config import LoopedConfig
+from loop_lens.models.native.config import LoopedConfig
 from loop_lens.training.config import TrainingConfig
 from loop_lens.training.recipes.measure import measure_text
 from loop_lens.training.recipes.recipe import Recipe

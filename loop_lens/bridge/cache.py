@@ -1,0 +1,149 @@
+"""Activations of a looped model, by firing and by iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import ActivationCache
+
+if TYPE_CHECKING:
+    from loop_lens.bridge.model import HookedLoopedTransformer
+
+from loop_lens.unrolling.additive import raise_non_additive
+
+
+class LoopCache(ActivationCache):
+    """An ``ActivationCache`` that knows iterations.
+
+    Both spellings of a name find the same tensor. Everything that transformer-lens does with a
+    cache works, except that decompositions of the residual stream into a sum refuse models whose
+    stream is not one sum.
+    """
+
+    model: HookedLoopedTransformer
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return super().__getitem__(self._stored(key))
+
+    def __contains__(self, key: object) -> bool:
+        return self._stored(key) in self.cache_dict
+
+    def _stored(self, key: Any) -> Any:
+        """The name under which the cache holds what a key asks for, the key itself if it holds none."""
+        if not isinstance(key, str) or key in self.cache_dict:
+            return key
+        base, grad = (key[:-5], "_grad") if key.endswith("_grad") else (key, "")
+        if base not in self.model.registry:  # hook_dict shows less while hooks run
+            return key
+        spellings = (self.model.flat_name(base), self.model.canonical_name(base))
+        return next((n + grad for n in spellings if n + grad in self.cache_dict), key)
+
+    def over_iterations(
+        self, name: str, *, layer: int | None = None, segment: str | None = None
+    ) -> Float[Tensor, "iteration ..."]:
+        """One site at every iteration of its loop.
+
+        Args:
+            name: The hook, as for `HookedLoopedTransformer.name` (``"resid_post"``, ``"pattern"``,
+                ``"state_out"``).
+            layer: Layer within the loop; none for sites between blocks.
+            segment: The loop; the innermost by default.
+
+        Returns:
+            The activations stacked along a new first dimension, iterations in firing order.
+
+        Raises:
+            KeyError: If the cache lacks one of them; names it.
+        """
+        return torch.stack(self._require(self.model.names(name, layer=layer, segment=self._loop(segment))))
+
+    def grid(self, name: str, *, segment: str | None = None) -> Float[Tensor, "iteration layer ..."]:
+        """One hook at every iteration and layer of a loop.
+
+        Args:
+            name: The hook, as for `HookedLoopedTransformer.name`.
+            segment: The loop; the innermost by default.
+
+        Returns:
+            The activations, iterations and layers first, both in firing order.
+
+        Raises:
+            KeyError: If the cache lacks one of them; names it.
+        """
+        loop = self._loop(segment)
+        layers = range(self.model.schedule.segments[loop])
+        return torch.stack([self.over_iterations(name, layer=i, segment=loop) for i in layers], dim=1)
+
+    def _loop(self, segment: str | None) -> str:
+        return self.model.schedule.innermost_loop if segment is None else segment
+
+    def _require(self, names: Iterable[str]) -> list[Tensor]:
+        names = list(names)
+        missing = [name for name in names if name not in self]
+        if missing:
+            raise KeyError(
+                f"the cache does not hold {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}: "
+                "cache them, e.g. run_with_cache(tokens, names_filter=model.names(...))"
+            )
+        return [self[name] for name in names]
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> LoopCache:
+        """As in transformer-lens, keeping the class."""
+        sliced = super().apply_slice_to_batch_dim(batch_slice)
+        return LoopCache(sliced.cache_dict, self.model, has_batch_dim=sliced.has_batch_dim)
+
+    def decompose_resid(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformer-lens, on an additive stream.
+
+        Raises:
+            NonAdditiveStreamError: If the model's stream is not one sum.
+        """
+        self._require_additive("decompose_resid")
+        return super().decompose_resid(*args, **kwargs)
+
+    def stack_head_results(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformer-lens; with ``incl_remainder`` or ``apply_ln`` on an additive stream only.
+
+        Raises:
+            NonAdditiveStreamError: If asked for a share of the stream that is not one sum.
+        """
+        if kwargs.get("incl_remainder") or kwargs.get("apply_ln"):
+            self._require_additive("stack_head_results(incl_remainder=..., apply_ln=...)")
+        return super().stack_head_results(*args, **kwargs)
+
+    def stack_neuron_results(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformer-lens; with ``incl_remainder`` or ``apply_ln`` on an additive stream only.
+
+        Raises:
+            NonAdditiveStreamError: If asked for a share of the stream that is not one sum.
+        """
+        if kwargs.get("incl_remainder") or kwargs.get("apply_ln"):
+            self._require_additive("stack_neuron_results(incl_remainder=..., apply_ln=...)")
+        return super().stack_neuron_results(*args, **kwargs)
+
+    def get_full_resid_decomposition(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformer-lens, on an additive stream.
+
+        Raises:
+            NonAdditiveStreamError: If the model's stream is not one sum.
+        """
+        self._require_additive("get_full_resid_decomposition")
+        return super().get_full_resid_decomposition(*args, **kwargs)
+
+    def logit_attrs(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformer-lens, on an additive stream.
+
+        Raises:
+            NonAdditiveStreamError: If the model's stream is not one sum.
+        """
+        self._require_additive("logit_attrs")
+        return super().logit_attrs(*args, **kwargs)
+
+    def _require_additive(self, what: str) -> None:
+        reason = self.model.body.non_additive_because
+        if reason is not None:
+            raise_non_additive(what, reason)

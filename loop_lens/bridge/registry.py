@@ -1,0 +1,167 @@
+"""All hook points of a looped model by name, in both spellings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from transformer_lens.hook_points import HookPoint
+
+from loop_lens.bridge.firings import (
+    FiringBlocks,
+)
+from loop_lens.unrolling.schedule import Schedule
+from loop_lens.unrolling.sites import Firing, Site
+from loop_lens.unrolling.tree import UnknownNameError
+
+
+@dataclass(frozen=True)
+class BlockNames:
+    """The hook names within one physical block.
+
+    Attributes:
+        canonical: Every name, aliases included, with the name that its hook point goes by.
+    """
+
+    canonical: dict[str, str]
+
+    @cached_property
+    def points(self) -> tuple[str, ...]:
+        """The names that hook points go by, each once."""
+        return tuple(dict.fromkeys(self.canonical.values()))
+
+
+class HookRegistry(MutableMapping[str, HookPoint]):
+    """All hook points by name: both spellings are found, the flat one is listed.
+
+    Args:
+        blocks: The firings' bridges.
+        names: Hook names within each physical block.
+        fixed: Hook points outside the blocks.
+    """
+
+    def __init__(self, blocks: FiringBlocks, names: list[BlockNames], fixed: dict[str, HookPoint]) -> None:
+        self.blocks, self.names, self.fixed = blocks, names, fixed
+        self.sites: dict[str, HookPoint] = {}
+        self._located: tuple[Schedule, dict[str, Site]] = (blocks.schedule, {})
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule in force."""
+        return self.blocks.schedule
+
+    def locate(self, name: str) -> Site:
+        """The site of a name, in either spelling.
+
+        Raises:
+            UnknownNameError: If there is no such hook; says what there is.
+        """
+        schedule, located = self._located
+        if schedule is not self.schedule:
+            located = {}
+            self._located = (self.schedule, located)
+        if name not in located:
+            located[name] = self._locate(name)
+        return located[name]
+
+    def _locate(self, name: str) -> Site:
+        try:
+            site = self.schedule.site(name)
+        except UnknownNameError as error:
+            raise UnknownNameError(f"{error}; {self.describe_hooks(0)}") from None
+        place, hook = site
+        if isinstance(place, Firing) and hook not in self.names[place.block].canonical:
+            raise UnknownNameError(
+                f"{name!r} does not exist: {self.describe_hooks(place.block)}; {self.schedule.describe()}"
+            )
+        if isinstance(place, Firing):
+            return replace(site, goes_by=self.names[place.block].canonical[hook])
+        return site
+
+    def describe_hooks(self, block: int) -> str:
+        """The hooks within a block, in words."""
+        return f"a block has the hooks {', '.join(sorted(self.names[block].canonical))}"
+
+    def flat(self, name: str) -> str:
+        """The flat spelling of a name, or the name itself outside blocks.
+
+        Raises:
+            UnknownNameError: If there is no such hook.
+        """
+        if name in self.fixed:
+            return name
+        return self.locate(name).flat
+
+    def canonical(self, name: str) -> str:
+        """The name that a hook point goes by, from any of its names.
+
+        Raises:
+            UnknownNameError: If there is no such hook.
+        """
+        if name in self.fixed:
+            return self.fixed[name].name or name
+        return self.locate(name).canonical
+
+    def spellings(self) -> Iterator[tuple[str, str]]:
+        """Every listed name with its other spelling (itself, where it has one only)."""
+        for name in self.fixed:
+            yield name, name
+        for firing in self.schedule:
+            for hook in self.names[firing.block].canonical:
+                yield f"blocks.{firing.index}.{hook}", f"{firing.prefix}.{hook}"
+        for name in self.schedule.sites:
+            yield name, name
+
+    def __getitem__(self, name: str) -> HookPoint:
+        if name in self.fixed:
+            return self.fixed[name]
+        site = self.locate(name)
+        if isinstance(site.place, Firing):
+            return self.blocks.open(site.place).point(site.hook)
+        return self._between(name)
+
+    def _between(self, name: str) -> HookPoint:
+        if name not in self.sites:
+            self.sites[name] = HookPoint()
+            self.sites[name].name = name
+        return self.sites[name]
+
+    def __setitem__(self, name: str, value: HookPoint) -> None:
+        self.fixed[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.fixed[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self.spellings())
+
+    def __len__(self) -> int:
+        inside = sum(len(self.names[firing.block].canonical) for firing in self.schedule)
+        return len(self.fixed) + inside + len(self.schedule.sites)
+
+    def __contains__(self, name: object) -> bool:
+        if not isinstance(name, str):
+            return False
+        if name in self.fixed:
+            return True
+        try:
+            self.locate(name)
+        except UnknownNameError:
+            return False
+        return True
+
+    def copy(self) -> dict[str, HookPoint]:
+        """All listed names with their hook points; opens every block."""
+        return dict(self)
+
+    def existing(self) -> Iterator[HookPoint]:
+        """The hook points made so far: only these can have hooks."""
+        seen: set[int] = set()
+        points = [*self.fixed.values(), *self.sites.values()]
+        for block in self.blocks.opened.values():
+            points += [m for m in block.bridge.modules() if isinstance(m, HookPoint)]
+        for point in points:
+            if id(point) not in seen:
+                seen.add(id(point))
+                yield point

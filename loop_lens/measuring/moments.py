@@ -1,0 +1,176 @@
+"""Counts, sums and sums of squares, cell by cell: means and spreads that merge exactly."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from loop_lens.measuring.results import Result, require_alike
+
+Over = Literal["values", "prompts"]
+
+
+class DivergedError(ValueError):
+    """The model's states became NaN or infinite while they were measured."""
+
+
+@dataclass(frozen=True)
+class Moments(Result):
+    """Means and spreads of several metrics over the cells of a grid.
+
+    Attributes:
+        axes: The grid's axes in order, each with its labels, e.g. ``{"iteration": (0, 1), "layer": (0,)}``.
+        metrics: Names of the metrics.
+        count: How many values went in [metric *cell].
+        total: Their sum [metric *cell].
+        squares: The sum of their squares [metric *cell].
+        prompts: How many prompts had any [metric *cell].
+        prompt_total: The sum of the prompts' own means [metric *cell].
+        prompt_squares: The sum of these means' squares [metric *cell].
+    """
+
+    axes: dict[str, tuple[Any, ...]]
+    metrics: tuple[str, ...]
+    count: Tensor
+    total: Tensor
+    squares: Tensor
+    prompts: Tensor
+    prompt_total: Tensor
+    prompt_squares: Tensor
+
+    def _index(self, metric: str) -> int:
+        if metric not in self.metrics:
+            raise ValueError(f"metric {metric!r} is unknown: there are {', '.join(self.metrics)}")
+        return self.metrics.index(metric)
+
+    def mean(self, metric: str, *, over: Over = "values") -> Tensor:
+        """Mean [*cell] over all values, or over the prompts' means; NaN where there is none."""
+        i = self._index(metric)
+        if over == "prompts":
+            return self.prompt_total[i] / self.prompts[i]
+        return self.total[i] / self.count[i]
+
+    def std(self, metric: str, *, over: Over = "values") -> Tensor:
+        """Standard deviation [*cell] of all values, or of the prompts' means."""
+        i = self._index(metric)
+        mean = self.mean(metric, over=over)
+        n, squares = (self.prompts, self.prompt_squares) if over == "prompts" else (self.count, self.squares)
+        return (squares[i] / n[i] - mean**2).clamp_min(0).sqrt()
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both results' values.
+
+        Raises:
+            ValueError: If they are of different grids or metrics.
+        """
+        require_alike(self, other, "axes", "metrics")
+        names = ("count", "total", "squares", "prompts", "prompt_total", "prompt_squares")
+        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in names})
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per cell: the axes, then each metric's mean, spread, and spread over prompts' means."""
+        cells = list(itertools.product(*self.axes.values()))
+        columns: dict[str, Any] = {axis: [cell[k] for cell in cells] for k, axis in enumerate(self.axes)}
+        for metric in self.metrics:
+            columns[metric] = self.mean(metric).flatten().tolist()
+            columns[f"{metric}_std"] = self.std(metric).flatten().tolist()
+            columns[f"{metric}_prompt_std"] = self.std(metric, over="prompts").flatten().tolist()
+        return pd.DataFrame(columns)
+
+
+class Measured(Result):
+    """Base of results whose numbers are moments; what the cells are, each says of its ``moments``."""
+
+    moments: Moments
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics."""
+        return self.moments.metrics
+
+    def mean(self, metric: str, *, over: Over = "values") -> Tensor:
+        """Mean [*cell] over all values, or over the prompts' means; NaN where there is none."""
+        return self.moments.mean(metric, over=over)
+
+    def std(self, metric: str, *, over: Over = "values") -> Tensor:
+        """Standard deviation [*cell] of all values, or of the prompts' means."""
+        return self.moments.std(metric, over=over)
+
+
+class Collector:
+    """Takes values while a batch runs, and adds them to moments when it is over.
+
+    Args:
+        metrics: Names of the metrics.
+        axes: The grid's axes with their labels.
+    """
+
+    def __init__(self, metrics: Sequence[str], axes: Mapping[str, Sequence[Any]]) -> None:
+        self.metrics = tuple(metrics)
+        self.axes = {name: tuple(labels) for name, labels in axes.items()}
+        self._shape = (len(self.metrics), *(len(labels) for labels in self.axes.values()))
+        self._sums = torch.zeros(6, *self._shape, dtype=torch.float64)
+        self._batch: Tensor | None = None
+
+    def begin(self, n_prompts: int, device: torch.device | str = "cpu") -> None:
+        """Expect the values of so many prompts."""
+        self._batch = torch.zeros(3, *self._shape, n_prompts, dtype=torch.float64, device=device)
+
+    def put(
+        self, metrics: slice, cell: tuple[int, ...], values: Tensor, weights: Tensor | None = None
+    ) -> None:
+        """Values of neighbouring metrics at one cell.
+
+        Args:
+            metrics: Which metrics, as a slice of their list.
+            cell: Index on each axis.
+            values: [metric prompt *several], all of whose entries count; or [metric prompt pos].
+            weights: 1 where a position counts, 0 at padding [prompt pos].
+        """
+        batch = self._batch
+        assert batch is not None, "begin() comes first"
+        wide = values.double().reshape(*values.shape[:2], -1)
+        # Padding may hold anything, NaN included, so it is replaced rather than multiplied away.
+        if weights is not None:
+            wide = wide.masked_fill(~weights.bool(), 0.0)
+            n = weights.sum(-1).double()
+        else:
+            n = torch.full((wide.shape[1],), float(wide.shape[2]), dtype=torch.float64, device=wide.device)
+        here = (slice(None), metrics, *cell)
+        batch[here] += torch.stack([n.expand(wide.shape[:2]), wide.sum(-1), wide.square().sum(-1)])
+
+    def end(self) -> None:
+        """Add the batch to the moments.
+
+        Raises:
+            DivergedError: If a value is NaN or infinite; names the first cell.
+        """
+        batch = self._batch
+        assert batch is not None, "begin() comes first"
+        self._batch = None
+        count, total, squares = batch.cpu()
+        bad = ~total.isfinite()
+        if bool(bad.any()):
+            order = bad.any(0).any(-1).flatten().nonzero()[0, 0]
+            cell = torch.unravel_index(order, self._shape[1:])
+            place = ", ".join(
+                f"{axis} {labels[int(k)]}" for (axis, labels), k in zip(self.axes.items(), cell, strict=True)
+            )
+            raise DivergedError(
+                f"values became NaN or infinite, first at {place}: fewer iterations, a wider dtype, or other "
+                "weights are needed"
+            )
+        some = count > 0
+        means = torch.where(some, total / count.clamp_min(1), 0.0)
+        parts = (count, total, squares, some.double(), means, means.square())
+        self._sums += torch.stack([part.sum(-1) for part in parts])
+
+    def moments(self) -> Moments:
+        """What has been collected so far."""
+        return Moments(self.axes, self.metrics, *self._sums.clone())

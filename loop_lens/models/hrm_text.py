@@ -1,0 +1,176 @@
+"""HRM-Text (arXiv 2605.20613): transformers' own class, two stacks in nested loops.
+
+    z_H = embedding; z_L = z_L_init
+    for h: (for l: z_L = L(z_L + z_H)); z_H = H(z_H + z_L)
+
+The modules and their forward stay transformers'; slots over the two stacks see the states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import HrmTextForCausalLM
+
+from loop_lens.unrolling.body import LoopBody
+from loop_lens.unrolling.kv import past_length
+from loop_lens.unrolling.schedule import Schedule
+from loop_lens.unrolling.slots import TrunkSlot, put_slot, take_slot
+from loop_lens.unrolling.tree import Blocks, Loop, Segments
+
+_SITES = ("hook_state_in", "hook_injected", "hook_state_out")
+
+
+def hrm_schedule(n_layers: int, h_cycles: int, l_cycles: int) -> Schedule:
+    """Firings of HRM-Text: ``L`` iterations inside ``H`` iterations, then the ``H`` stack."""
+    low = Loop("L", l_cycles, Blocks("L", n_layers), sites=_SITES)
+    high = Loop("H", h_cycles, low, Blocks("H", n_layers), sites=_SITES)
+    return Schedule(Segments(high, sites=("hook_prelude_out", "hook_initial_state")))
+
+
+class HrmBody(LoopBody):
+    """Unrolls a ``HrmTextForCausalLM``. Gradients reach every iteration, unlike in training there."""
+
+    block_path = "model.layers"
+    non_additive_because = "each stack ends in a norm, and two states are added before every stack"
+    fold_unsound_because = "the norms of HRM-Text have no weights to fold"
+
+    def __init__(self, model: HrmTextForCausalLM) -> None:
+        trunk = model.model
+        self.model = trunk
+        config: Any = model.config
+        self.config = config
+        n_layers = config.num_layers_per_stack
+        schedule = hrm_schedule(n_layers, config.H_cycles, config.L_cycles)
+        blocks = [*trunk.L_module.layers, *trunk.H_module.layers]
+        super().__init__(trunk, blocks, schedule, cache_slots=False)
+
+    def install(self) -> None:
+        """Put slots over blocks, stacks and trunk."""
+        super().install()
+        put_slot(self.model.L_module, StackSlot, self, 0)
+        put_slot(self.model.H_module, StackSlot, self, 1)
+        put_slot(self.model.H_module.final_norm, FinalNormSlot, self, 0)
+        take_slot(self.model)
+        put_slot(self.model, HrmTrunkSlot, self, 0)
+        self.set_times()
+
+    def remove(self) -> None:
+        """Take the slots away again."""
+        super().remove()
+        take_slot(self.model.L_module)
+        take_slot(self.model.H_module)
+        take_slot(self.model.H_module.final_norm)
+
+    def set_times(self, **times: int) -> None:
+        """Change the numbers of iterations, ``H`` and ``L``."""
+        super().set_times(**times)
+        h, low = self.schedule.loops["H"].times, self.schedule.loops["L"].times
+        self.config.H_cycles, self.config.L_cycles = h, low
+        self.config.num_hidden_layers = self.config.num_layers_per_stack * h * (low + 1)
+        self.model.L_bp_cycles_padded = [low] * h
+
+    def require_resumable(self, start: int, prelude_out: Tensor | None) -> dict[str, Any]:
+        """Two states cannot be resumed from one residual."""
+        raise ValueError(
+            "start_at_layer does not work on HRM-Text: a block's input is the sum of two states, and the "
+            "rest of the forward needs each of them. Patch H.{h}.hook_state_in or H.{h}.L.{l}.hook_state_in."
+        )
+
+    def resume_at(self, firing: int) -> int | None:
+        """Nowhere, see `require_resumable`."""
+        return None
+
+    def injection(self, state: Tensor, injected: Tensor, prelude_out: Tensor) -> Tensor:
+        """The other stack's state, which is added."""
+        return injected - state
+
+    @property
+    def ends_normed(self) -> bool:
+        """Each stack ends in a norm."""
+        return True
+
+    @property
+    def reads_iterations(self) -> bool:
+        """The high-level state is what the model reads out."""
+        return True
+
+    def begin(self, embedding: Tensor) -> None:
+        """Note the states before the first iteration."""
+        run = self.run
+        if run is not None:
+            low = self.model.z_L_init.to(embedding.dtype).expand_as(embedding)
+            scale: Any = self.model.embedding_scale
+            run.notes.update(stacks=0, H=embedding * scale, L=low, stale=False)
+
+    def stack(self, high: bool, bare: Callable[..., Tensor], mixed: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Run one stack for one iteration.
+
+        The sum ``mixed`` is the model's own unless a state was looked at: a hook may have replaced
+        it, so the sum is formed again, from copies, since hooks may write in place.
+        """
+        run = self.run
+        if run is None or "stacks" not in run.notes:
+            return bare(mixed, **kwargs)
+        notes = run.notes
+        h, low = divmod(notes["stacks"], self.config.L_cycles + 1)
+        notes["stacks"] += 1
+        prefix = f"H.{h}" if high else f"H.{h}.L.{low}"
+        if not high:
+            seen = [("L", f"{prefix}.hook_state_in")]
+            if low == 0:
+                seen.insert(0, ("H", f"H.{h}.hook_state_in"))
+                if h == 0:
+                    seen = [("H", "hook_prelude_out"), ("L", "hook_initial_state"), *seen]
+            for state, site in seen:
+                if self.wants(site):
+                    notes[state] = self.site(site, notes[state])
+                    notes["stale"] = True
+        if notes["stale"]:
+            mixed = notes["L"] + notes["H"]
+        mixed = self.site(f"{prefix}.hook_injected", mixed)
+        notes["last"] = high and h == self.config.H_cycles - 1
+        out = self.site(f"{prefix}.hook_state_out", bare(mixed, **kwargs))
+        notes["H" if high else "L"] = out
+        # From here on the model's own variables are current, except z_H until its stack has run.
+        notes["stale"] = notes["stale"] and not high
+        return out
+
+
+class StackSlot(TrunkSlot):
+    """One of the two stacks."""
+
+    def __call__(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        bare = super(TrunkSlot, self).__call__
+        body = self._unroller
+        assert isinstance(body, HrmBody)
+        return body.stack(bool(self._slot), bare, hidden_states, kwargs)
+
+
+class FinalNormSlot(TrunkSlot):
+    """The high-level stack's norm under transformer-lens' bridge: hooked in its last run alone."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        body = self._unroller
+        assert isinstance(body, HrmBody)
+        run = body.run
+        bare = self._modules.get("_original_component")
+        if run is None or bare is None or run.notes.get("last", True):
+            return super(TrunkSlot, self).__call__(*args, **kwargs)
+        return bare(*args, **kwargs)
+
+
+class HrmTrunkSlot(TrunkSlot):
+    """The model below the head: embeds tokens itself, so that the first state is known."""
+
+    def __call__(
+        self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        body = self._unroller
+        assert isinstance(body, HrmBody)
+        embedding: Tensor = body.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        with body.forward(past_length((), kwargs)):
+            body.begin(embedding)
+            return super(TrunkSlot, self).__call__(inputs_embeds=embedding, **kwargs)

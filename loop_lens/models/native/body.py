@@ -1,0 +1,97 @@
+"""The native model's loop, unrolled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from loop_lens.models.native.modeling import LoopedTransformer
+from loop_lens.models.native.state import require_initial_state
+from loop_lens.unrolling.body import LoopBody
+
+
+class NativeBody(LoopBody):
+    """Unrolls a `LoopedTransformer`."""
+
+    block_path = "model.layers"
+
+    def __init__(self, model: LoopedTransformer) -> None:
+        trunk, config = model.model, model.config
+        self.model, self.config = trunk, config
+        super().__init__(trunk, [*trunk.prelude, *trunk.core, *trunk.coda], config.schedule())
+        self.non_additive_because = config.non_additive_because
+        if config.block_norm != "pre":
+            self.fold_unsound_because = "norms come after the weights that they would be folded into"
+        elif config.loop_norm or config.post_loop_norm:
+            self.fold_unsound_because = (
+                "the final norm also runs inside the loop, where it cannot be folded into the unembedding"
+            )
+
+    def install(self) -> None:
+        """Put slots over blocks and trunk, and listen to the sites between blocks."""
+        super().install()
+        self.model.site = self.site
+
+    def set_times(self, **times: int) -> None:
+        """Change the number of iterations."""
+        super().set_times(**times)
+        self.config.recurrences = self.schedule.loops["loop"].times
+
+    def require_resumable(self, start: int, prelude_out: Tensor | None) -> dict[str, Any]:
+        """An injection still to come needs the prelude's output."""
+        firing = self.schedule[start]
+        if prelude_out is not None:
+            return {"prelude_output": prelude_out}
+        last = self.config.recurrences - 1
+        inside = firing.segment == "loop" and firing.iteration != last
+        if self.config.injection != "none" and inside:
+            raise ValueError(
+                f"start_at_layer={start} is inside the loop, and later iterations inject the prelude's output "
+                "again, which a residual stream does not contain: pass prelude_out=cache['hook_prelude_out']"
+            )
+        return {}
+
+    @property
+    def injects(self) -> bool:
+        """Whether iterations are given the prelude's output again."""
+        return self.config.injection != "none"
+
+    def injection(self, state: Tensor, injected: Tensor, prelude_out: Tensor) -> Tensor:
+        """The prelude's output, at every iteration."""
+        if not self.injects:
+            return super().injection(state, injected, prelude_out)
+        return prelude_out
+
+    def inject(self, state: Tensor, e: Tensor) -> Tensor:
+        """The state after the model's own injection."""
+        return self.model.injection(state, e)
+
+    @property
+    def ends_normed(self) -> bool:
+        """Whether what leaves an iteration has been through the final norm."""
+        return self.config.loop_norm
+
+    @property
+    def reads_iterations(self) -> bool:
+        """Any number of iterations is one that the model may be asked for."""
+        return True
+
+    def enter_coda(self, state: Tensor) -> Tensor:
+        """The state through the norm and the projection after the loop, where there are any."""
+        if self.config.post_loop_norm:
+            state = self.model.__dict__["inner_norm"](state)
+        return self.model.state_projection(state) if self.config.state_projection else state
+
+    @property
+    def initial_state(self) -> Any:
+        """A seed, ``"zeros"`` or a state; None where the loop starts from the prelude's output."""
+        return None if self.config.initial_state == "prelude" else self.model.initial_state
+
+    def set_initial_state(self, value: Any) -> None:
+        """Choose the state before the first iteration."""
+        require_initial_state(value, self.config.hidden_size)
+        if self.config.initial_state == "prelude":
+            super().set_initial_state(value)
+        else:
+            self.model.initial_state = value

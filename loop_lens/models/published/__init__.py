@@ -1,0 +1,1 @@
+"""Published families as mappings onto the native model."""

@@ -1,0 +1,63 @@
+"""What a published family of looped models consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from loop_lens.models.native.config import LoopedConfig
+from loop_lens.models.published.weights import Entry
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A published family as a mapping onto the native model.
+
+    Attributes:
+        name: Short name.
+        model_type: The ``model_type`` in its config.json.
+        hub_ids: Published checkpoints.
+        matches: Whether a config and the names of its weights are of this family.
+        config: Its config.json as a native configuration.
+        entries: Its weights as native parameters.
+        derived: Tensors that its checkpoints hold and that follow from the config.
+        prepends_bos: Whether its prompts begin with a BOS token.
+    """
+
+    name: str
+    model_type: str
+    hub_ids: tuple[str, ...]
+    matches: Callable[[Config, frozenset[str]], bool]
+    config: Callable[[Config], LoopedConfig]
+    entries: Callable[[LoopedConfig], list[Entry]]
+    derived: Callable[[LoopedConfig], dict[str, Tensor]] = lambda config: {}
+    prepends_bos: bool = True
+
+
+def token_ids(published: Config) -> dict[str, Any]:
+    """The special tokens that a config names."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: published[name] for name in names if published.get(name) is not None}
+
+
+def rope_parameters(published: Config, default_theta: float) -> dict[str, Any]:
+    """RoPE fields of any transformers version as those of version 5."""
+    given = published.get("rope_parameters") or published.get("rope_scaling") or {}
+    theta = given.get("rope_theta") or published.get("rope_theta") or default_theta
+    kind = given.get("rope_type") or given.get("type") or "default"
+    return {**{k: v for k, v in given.items() if k != "type"}, "rope_type": kind, "rope_theta": theta}
+
+
+def require_fields(published: Config, *names: str) -> None:
+    """Raise unless a config has these fields."""
+    missing = [name for name in names if published.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"config.json lacks {', '.join(missing)}, which model_type "
+            f"{published.get('model_type')!r} needs: it is not a published config of that family"
+        )

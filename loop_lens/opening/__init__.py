@@ -1,0 +1,1 @@
+"""Ways to open a looped model: by name, from memory, or by looping an ordinary one."""

@@ -1,0 +1,25 @@
+"""What fires when, and how a model's own forward tells its firings apart."""
+
+from loop_lens.unrolling.body import LoopBody
+from loop_lens.unrolling.schedule import Schedule
+from loop_lens.unrolling.sites import Boundary, Firing, Site
+from loop_lens.unrolling.slots import tied_clone
+from loop_lens.unrolling.tree import Blocks, Iteration, Loop, Segments, UnknownNameError
+from loop_lens.unrolling.unroller import FiringCountError, Run, Unroller
+
+__all__ = [
+    "Blocks",
+    "Boundary",
+    "Firing",
+    "FiringCountError",
+    "Iteration",
+    "Loop",
+    "LoopBody",
+    "Run",
+    "Schedule",
+    "Segments",
+    "Site",
+    "UnknownNameError",
+    "Unroller",
+    "tied_clone",
+]

@@ -1,0 +1,103 @@
+"""What a model's loop means: `LoopBody`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from loop_lens.unrolling.unroller import Order, Unroller
+
+
+class LoopBody(Unroller):
+    """An unroller that also knows what its model's loop means.
+
+    Attributes:
+        block_path: Where transformer-lens finds the blocks, from the model's root.
+        non_additive_because: Why the stream is not the sum of its components, None where it is.
+        fold_unsound_because: Why norms cannot be folded into weights, None where they can.
+    """
+
+    block_path: str
+    non_additive_because: str | None = None
+    fold_unsound_because: str | None = None
+
+    def set_times(self, **times: int) -> None:
+        """Change the numbers of iterations, by loop name."""
+        self.schedule = self.schedule.with_times(**times)
+
+    @contextmanager
+    def reordered(self, order: tuple[int, ...]) -> Generator[None, None, None]:
+        """Run the outermost loop's iterations in another order; see `Order`."""
+        if self.order is not None:
+            raise RuntimeError("the iterations run in another order already: leave that context first")
+        names = self.schedule
+        loop = names.main_loop
+        self.set_times(**{loop: len(order)})
+        executed, self.schedule = self.schedule, names
+        self.order = Order.of(names, executed, order)
+        try:
+            yield
+        finally:
+            self.order = None
+            self.set_times(**{loop: names.loops[loop].times})
+            self.schedule = names
+
+    def require_resumable(self, start: int, prelude_out: Tensor | None) -> dict[str, Any]:
+        """What the model's forward needs besides the residual to begin at the firing ``start``.
+
+        Raises:
+            ValueError: If the residual alone does not determine the rest.
+        """
+        return {}
+
+    def resume_at(self, firing: int) -> int | None:
+        """The last firing up to ``firing`` from which a forward can be resumed, None for none."""
+        return firing
+
+    @property
+    def injects(self) -> bool:
+        """Whether iterations are given the prelude's output again."""
+        return False
+
+    def injection(self, state: Tensor, injected: Tensor, prelude_out: Tensor) -> Tensor:
+        """What was injected into ``state``, given what came of it; all [batch pos d_model].
+
+        Raises:
+            ValueError: If the model has no injection.
+        """
+        raise ValueError("this model's loop has no injection: the state is all that enters an iteration")
+
+    def inject(self, state: Tensor, e: Tensor) -> Tensor:
+        """The state [batch pos d_model] after the injection of e [batch pos d_model]."""
+        return state + e
+
+    @property
+    def ends_normed(self) -> bool:
+        """Whether what leaves an iteration of the outermost loop has been through the final norm."""
+        return False
+
+    @property
+    def reads_iterations(self) -> bool:
+        """Whether the model was made to be read out after any iteration."""
+        return False
+
+    def enter_coda(self, state: Tensor) -> Tensor:
+        """What enters the coda, or the final norm, when the loop ends with a state [batch pos d_model].
+
+        Raises:
+            ValueError: If that takes more than the state.
+        """
+        return state
+
+    @property
+    def initial_state(self) -> Any:
+        """What the state before the first iteration is made from, None where there is no choice."""
+        return None
+
+    def set_initial_state(self, value: Any) -> None:
+        """Choose the state before the first iteration."""
+        warnings.warn("initial_state is ignored: this model's loop starts from its own input", stacklevel=3)

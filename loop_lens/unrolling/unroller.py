@@ -1,0 +1,275 @@
+"""Tied clones and slots: every firing of a shared block gets an identity of its own.
+
+A `Slot` stands where a physical block stands and sees each of its calls. An `Unroller` knows the
+schedule, so it can tell the k-th call of a block from the others and hand it to whoever wants to
+run that firing differently. Nothing here depends on transformer-lens.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import Cache
+
+from loop_lens.unrolling.calls import (
+    Bare,
+    hidden_states,
+    with_hidden_states,
+)
+from loop_lens.unrolling.kv import CacheSlot
+from loop_lens.unrolling.schedule import Schedule
+from loop_lens.unrolling.sites import Firing
+from loop_lens.unrolling.slots import (
+    BlockSlot,
+    Slot,
+    TrunkSlot,
+    put_slot,
+    take_slot,
+)
+
+Executor = Callable[["Run", Firing, Bare, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Observer(Protocol):
+    """Whoever watches the values between blocks."""
+
+    def wants(self, site: str) -> bool:
+        """Whether anyone would see this site's value."""
+        ...
+
+    def see(self, site: str, value: Tensor) -> Tensor:
+        """Look at a value; what is returned goes on in its place."""
+        ...
+
+
+@dataclass
+class Run:
+    """One forward in one thread.
+
+    Attributes:
+        calls: How often each physical block was called so far.
+        start: Firings before this one are not run: the input passes through them.
+        stop: The firing at which the forward ends, if any.
+        residual: What enters the firing ``start`` instead of its input, if anything.
+        rows: Which prompt each row of the batch belongs to [batch], None where row i is prompt i.
+        offset: Positions before this forward's first, in its key-value cache.
+        notes: Whatever an unroller's subclass keeps during one forward.
+    """
+
+    calls: list[int]
+    start: int = 0
+    stop: int | None = None
+    residual: Tensor | None = None
+    rows: Tensor | None = None
+    offset: int = 0
+    notes: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class Order:
+    """Iterations of the outermost loop that run in another order than they are named in.
+
+    Attributes:
+        executed: The schedule of what runs.
+        named: The firing, by its own name, of each firing that runs.
+        loop: The outermost loop.
+        order: The iterations' names, in the order in which they run.
+    """
+
+    executed: Schedule
+    named: tuple[Firing, ...]
+    loop: str
+    order: tuple[int, ...]
+
+    @classmethod
+    def of(cls, names: Schedule, executed: Schedule, order: tuple[int, ...]) -> Order:
+        """Match what runs with the names that it keeps."""
+        loop = names.main_loop
+        prefixes = [_renamed(firing.prefix, loop, order) for firing in executed]
+        return cls(executed, tuple(names.by_prefix[prefix] for prefix in prefixes), loop, order)
+
+    def name(self, site: str) -> str:
+        """The name of a site between blocks, from where it runs."""
+        return _renamed(site, self.loop, self.order)
+
+
+def _renamed(name: str, loop: str, order: tuple[int, ...]) -> str:
+    head, _, rest = name.partition(".")
+    if head != loop:
+        return name
+    t, _, tail = rest.partition(".")
+    return f"{loop}.{order[int(t)]}.{tail}"
+
+
+class FiringCountError(RuntimeError):
+    """A block was called more often in one forward than the schedule says."""
+
+
+class Unroller:
+    """Tells the firings of a model's blocks apart while its own forward runs.
+
+    The trunk is the module whose forward calls the blocks. Counting starts anew whenever it is
+    entered, in each thread for itself, so an aborted forward leaves nothing behind; gradient
+    checkpointing inside a block does not count twice, since it repeats what is below the slot.
+
+    Args:
+        trunk: Module whose ``forward`` runs the loop.
+        blocks: The physical blocks in the schedule's order.
+        schedule: What fires when.
+        cache_slots: Give each firing a slot of its own in the key-value cache. Off for models
+            that number the slots themselves.
+    """
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        blocks: Sequence[nn.Module],
+        schedule: Schedule,
+        *,
+        cache_slots: bool = True,
+    ) -> None:
+        if len(blocks) != schedule.n_blocks:
+            raise ValueError(
+                f"the schedule names {schedule.n_blocks} physical blocks, the model has {len(blocks)}"
+            )
+        self.trunk, self.blocks, self.schedule = trunk, list(blocks), schedule
+        self.cache_slots = cache_slots
+        self.order: Order | None = None
+        self.executor: Executor | None = None
+        self.observer: Observer | None = None
+        self._local = threading.local()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Unroller:
+        new = copy.copy(self)
+        memo[id(self)] = new
+        for key, value in self.__dict__.items():
+            new.__dict__[key] = threading.local() if key == "_local" else copy.deepcopy(value, memo)
+        return new
+
+    def install(self) -> None:
+        """Put slots over the blocks and the trunk. Parameters, names and hooks stay as they are.
+
+        Raises:
+            ValueError: If the model is unrolled already.
+        """
+        if isinstance(self.trunk, Slot):
+            raise ValueError("this model is unrolled already: use the HookedLoopedTransformer made from it")
+        for index, block in enumerate(self.blocks):
+            put_slot(block, BlockSlot, self, index)
+        put_slot(self.trunk, TrunkSlot, self, 0)
+
+    def remove(self) -> None:
+        """Take the slots away again."""
+        for module in (self.trunk, *self.blocks):
+            take_slot(module)
+
+    @property
+    def run(self) -> Run | None:
+        """The forward under way in this thread, if any."""
+        runs: list[Run] = getattr(self._local, "runs", [])
+        return runs[-1] if runs else None
+
+    @contextmanager
+    def forward(self, offset: int = 0) -> Generator[Run, None, None]:
+        """Count the calls in this context as one forward. The trunk's slot enters it by itself."""
+        runs: list[Run] = self._local.__dict__.setdefault("runs", [])
+        window = self._local.__dict__.pop("window", {})
+        run = Run([0] * len(self.blocks), offset=offset, **window)
+        runs.append(run)
+        try:
+            yield run
+        finally:
+            runs.pop()
+
+    @contextmanager
+    def window(
+        self,
+        start: int = 0,
+        stop: int | None = None,
+        residual: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Generator[None, None, None]:
+        """Run only the firings ``start`` to ``stop`` (excluded) in the next forward of this thread."""
+        self._local.window = {"start": start, "stop": stop, "residual": residual, "rows": rows}
+        try:
+            yield
+        finally:
+            self._local.__dict__.pop("window", None)
+
+    def call(self, slot: int, bare: Bare, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the next firing of a physical block. Outside a forward, the block itself."""
+        run = self.run
+        if run is None:
+            return bare(*args, **kwargs)
+        visit = run.calls[slot]
+        visits = self.executed.visits[slot]
+        if visit >= len(visits):
+            raise FiringCountError(
+                f"block {slot} was called more than {len(visits)} times in one forward, "
+                "but the schedule has no more firings of it: give the schedule that the model runs"
+            )
+        run.calls[slot] += 1
+        return self.fire(run, self.executed[visits[visit]], bare, args, kwargs)
+
+    @property
+    def executed(self) -> Schedule:
+        """What runs: the schedule, unless iterations run in another order than named."""
+        return self.schedule if self.order is None else self.order.executed
+
+    def fire(
+        self, run: Run, firing: Firing, bare: Bare, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run one firing: skipped, bare, or by whoever runs firings differently."""
+        if firing.index < run.start:
+            return hidden_states(args, kwargs)
+        if firing.index == run.start and run.residual is not None:
+            args, kwargs = with_hidden_states(run.residual, args, kwargs)
+        if self.cache_slots:
+            # Architectures pass the cache under different names, some by position.
+            args = tuple(self._slotted(value, firing) for value in args)
+            kwargs = {key: self._slotted(value, firing) for key, value in kwargs.items()}
+        if self.executor is None:
+            return bare(*args, **kwargs)
+        named = firing if self.order is None else self.order.named[firing.index]
+        return self.executor(run, named, bare, args, kwargs)
+
+    def wants(self, site: str) -> bool:
+        """Whether the observer would see this site's value in the forward under way."""
+        run = self.run
+        site = site if self.order is None else self.order.name(site)
+        if self.observer is None or run is None or not self.observer.wants(site):
+            return False
+        # What comes before the first firing that runs is computed from a stand-in.
+        return run.residual is None or self.schedule.sites[site].fired_before > run.start
+
+    def site(self, name: str, value: Tensor) -> Tensor:
+        """Pass a value between blocks to the observer, who may replace it."""
+        if self.observer is None or not self.wants(name):
+            return value
+        return self.observer.see(name if self.order is None else self.order.name(name), value)
+
+    def _slotted(self, value: Any, firing: Firing) -> Any:
+        return self._cache_slot(value, firing) if isinstance(value, Cache) else value
+
+    def _cache_slot(self, cache: Cache, firing: Firing) -> CacheSlot:
+        visits = self.executed.visits[firing.block]
+        if firing.index == visits[0]:
+            return CacheSlot(cache, firing.block, firing.block)
+        later = self._later_slots.get(firing.index, 0)
+        return CacheSlot(cache, len(self.blocks) + later, firing.block)
+
+    @property
+    def _later_slots(self) -> dict[int, int]:
+        known: tuple[Schedule, dict[int, int]] | None = self.__dict__.get("_slot_table")
+        if known is None or known[0] is not self.executed:
+            first = {visits[0] for visits in self.executed.visits if visits}
+            later = (firing.index for firing in self.executed if firing.index not in first)
+            known = (self.executed, {index: k for k, index in enumerate(later)})
+            self.__dict__["_slot_table"] = known
+        return known[1]
