@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from dataclasses import fields
+from dataclasses import field, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import pandas as pd
 import torch
@@ -15,14 +15,49 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _TYPE = "loop_lens.result"
+_HOW = "loop_lens.merge"
+
+
+How = Literal["same", "add", "append", "max", "first"]
+
+
+def merged(how: How, **options: Any) -> Any:
+    """A dataclass field of a `Result`, and how it merges.
+
+    Args:
+        how: ``"same"`` (both must be equal; what a plain field does), ``"add"``, ``"append"`` (along the first
+            dimension), ``"max"`` (NaN counts for nothing), or ``"first"`` (the first result's is kept).
+        **options: As for `dataclasses.field`.
+    """
+    return field(metadata={_HOW: how}, **options)
 
 
 class Result:
     """Base of the frozen dataclasses that measurements return.
 
     A field may be a tensor, a dict of tensors by text, another `Result`, or what JSON can say
-    (numbers, text, None, and tuples and dicts of them; tuples stay tuples).
+    (numbers, text, None, and tuples and dicts of them; tuples stay tuples). A field that is a `Result` merges
+    as such, any other as `merged` says, or must be the same.
     """
+
+    def merge(self, other: Self) -> Self:
+        """The result on both results' prompts.
+
+        Raises:
+            ValueError: If they were measured in different ways; names what differs.
+        """
+        if type(self) is not type(other):
+            raise ValueError(f"a {type(self).__name__} merges with its like, not with {type(other).__name__}")
+        changed: dict[str, Any] = {}
+        for each in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+            mine, theirs = getattr(self, each.name), getattr(other, each.name)
+            if isinstance(mine, Result) and isinstance(theirs, Result):
+                changed[each.name] = mine.merge(theirs)
+            elif _HOW in each.metadata:
+                changed[each.name] = _merge(each.metadata[_HOW], mine, theirs)
+            else:
+                require_alike(self, other, each.name)
+        return replace(self, **changed)  # type: ignore[type-var]
 
     @abstractmethod
     def to_dataframe(self) -> pd.DataFrame:
@@ -63,8 +98,8 @@ class Result:
         return cls._rebuild("", tensors, json.loads(about["fields"]))
 
     def _collect(self, prefix: str, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-        for field in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
-            key, value = prefix + field.name, getattr(self, field.name)
+        for each in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+            key, value = prefix + each.name, getattr(self, each.name)
             if isinstance(value, Tensor):
                 tensors[key] = value
                 plain[key] = {"kind": "tensor"}
@@ -80,18 +115,18 @@ class Result:
     @classmethod
     def _rebuild(cls, prefix: str, tensors: dict[str, Tensor], plain: dict[str, Any]) -> Self:
         given: dict[str, Any] = {}
-        for field in fields(cls):  # type: ignore[arg-type]
-            key = prefix + field.name
+        for each in fields(cls):  # type: ignore[arg-type]
+            key = prefix + each.name
             about = plain[key]
             if about["kind"] == "tensor":
-                given[field.name] = tensors[key]
+                given[each.name] = tensors[key]
             elif about["kind"] == "result":
-                kind = _result_type(field.type)
-                given[field.name] = kind._rebuild(f"{key}/", tensors, plain)
+                kind = _result_type(each.type)
+                given[each.name] = kind._rebuild(f"{key}/", tensors, plain)
             elif about["kind"] == "tensors":
-                given[field.name] = {name: tensors[f"{key}/{name}"] for name in about["names"]}
+                given[each.name] = {name: tensors[f"{key}/{name}"] for name in about["names"]}
             else:
-                given[field.name] = _with_tuples(about["value"])
+                given[each.name] = _with_tuples(about["value"])
         return cls(**given)
 
 
@@ -111,6 +146,18 @@ def _with_tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _with_tuples(item) for key, item in value.items()}
     return value
+
+
+def _merge(how: How, mine: Any, theirs: Any) -> Any:
+    if how == "first" or mine is None or theirs is None:
+        return mine
+    if isinstance(mine, dict):
+        return {key: _merge(how, value, theirs[key]) for key, value in mine.items()}
+    if how == "append":
+        return torch.cat([mine, theirs]) if isinstance(mine, Tensor) else (*mine, *theirs)
+    if how == "max":
+        return torch.fmax(mine, theirs) if isinstance(mine, Tensor) else max(mine, theirs)
+    return mine + theirs
 
 
 def require_alike(a: Result, b: Result, *names: str) -> None:
