@@ -14,6 +14,7 @@ from torch import Tensor
 from loop_lens import HookedLoopedTransformer, UnknownNameError, patch_sweep
 from loop_lens.interventions import (
     ablate,
+    add_noise,
     cut_injection,
     edit,
     freeze,

@@ -18,6 +18,7 @@ from loop_lens.interventions import (
     Probability,
     Rank,
     ablate,
+    add_noise,
     skip,
     steer,
     transplant,

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from loop_lens.lenses import EXIT_RULES, exit_curve, exit_probabilities, exit_scores
+from loop_lens.lenses import EXIT_RULES, exit_curve, exit_probabilities, exit_scores, find_exits
 from loop_lens.lenses.exits import plot_exit_curve
 from tests.interventions.models import FAMILIES, opened, prompts
 
