@@ -11,24 +11,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from loop_lens.models.native.config import LoopedConfig
-from loop_lens.models.published.weights import WeightsError, to_native, to_published
+from loop_lens.models.published.weights import WeightsError
 
 if TYPE_CHECKING:
     from loop_lens.bridge.model import HookedLoopedTransformer
 
-from loop_lens.models.published.checkpoint import family_of
-
 
 def published_state(model: HookedLoopedTransformer, *, keep_vars: bool = False) -> dict[str, Tensor]:
     """A model's weights under the names of its checkpoint."""
-    native = model.native_state(keep_vars=keep_vars)
-    config: Any = model.original_model.config
-    family = family_of(config) if isinstance(config, LoopedConfig) else None
-    if family is None:
-        return native
-    published = {**to_published(native, family.entries(config)), **family.derived(config)}
-    return published
+    return model.body.to_checkpoint(model.native_state(keep_vars=keep_vars))
 
 
 def load_state(
@@ -40,17 +31,7 @@ def load_state(
         WeightsError: If ``strict`` and the names or shapes do not fit; nothing is loaded then.
     """
     native = model.native_state(keep_vars=True)
-    config: Any = model.original_model.config
-    family = family_of(config) if isinstance(config, LoopedConfig) else None
-    given = dict(state)
-    if family is not None and not set(given) <= set(native):
-        derived = set(family.derived(config))
-        entries = family.entries(config)
-        if not strict:
-            entries = [entry for entry in entries if entry.published in given]
-            known = {entry.published for entry in entries}
-            given = {name: tensor for name, tensor in given.items() if name in known}
-        given = to_native(given, entries, native, ignored=derived, source="the state dict")
+    given = model.body.from_checkpoint(state, native, strict=strict)
     missing = sorted(set(native) - set(given))
     unexpected = sorted(set(given) - set(native))
     if strict and (missing or unexpected):
@@ -67,7 +48,7 @@ def load_state(
     actual = {key.replace("._original_component", ""): key for key in raw}
     fitting = {actual[name]: tensor for name, tensor in given.items() if name in native}
     model.original_model.load_state_dict(fitting, strict=False, assign=assign)
-    if assign and getattr(config, "tie_word_embeddings", False):
+    if assign and getattr(model.original_model.config, "tie_word_embeddings", False):
         _retie(model.original_model)
     return _IncompatibleKeys(missing, unexpected)
 
@@ -84,9 +65,7 @@ def save(model: HookedLoopedTransformer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config: Any = copy.deepcopy(model.original_model.config)
     config.architectures = [type(model.original_model).__name__]
-    loop = getattr(model.body, "saved_as", None)
-    if loop is not None:
-        config.loop_lens = loop
+    config.update(model.body.config_fields)
     state = model.native_state()
     unique: dict[int, str] = {}
     for name, tensor in state.items():

@@ -22,7 +22,6 @@ from loop_lens.measuring.probe import Ends
 from loop_lens.measuring.processes import shared
 from loop_lens.measuring.results import require_alike
 from loop_lens.measuring.run import measure
-from loop_lens.models.window import WindowBody
 from loop_lens.prompts.reader import Batch, batches_of
 from loop_lens.unrolling.sites import Firing, Site
 
@@ -245,8 +244,7 @@ def reads_any_iteration(model: HookedLoopedTransformer) -> bool:
 
     Not under loopify's rules that divide by the number of iterations.
     """
-    body = model.body
-    return not (isinstance(body, WindowBody) and body.span.rule in ("euler", "residual_scaled"))
+    return not model.body.depends_on_times
 
 
 def _listen(

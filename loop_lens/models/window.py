@@ -98,15 +98,15 @@ class WindowBody(LoopBody):
             self.non_additive_because = f"the rule {window.rule!r} mixes states of different iterations"
 
     @property
-    def saved_as(self) -> dict[str, Any]:
-        """What a saved config must hold to loop the same layers again."""
-        w = self.span
-        return {
-            "layers": [w.first, w.last],
-            "times": self.schedule.loops["loop"].times,
-            "rule": w.rule,
-            "alpha": w.alpha,
-        }
+    def config_fields(self) -> dict[str, Any]:
+        """The window, so that the same layers loop again."""
+        w, times = self.span, self.schedule.loops["loop"].times
+        return {"loop_lens": {"layers": [w.first, w.last], "times": times, "rule": w.rule, "alpha": w.alpha}}
+
+    @property
+    def depends_on_times(self) -> bool:
+        """Whether the rule divides by the number of iterations."""
+        return self.span.rule in ("euler", "residual_scaled")
 
     def require_resumable(self, start: int, prelude_out: Tensor | None) -> dict[str, Any]:
         """The damped rules need states that a residual inside the loop does not contain."""

@@ -33,8 +33,14 @@ from loop_lens.models.native.adapter import LoopedAdapter
 from loop_lens.models.native.body import NativeBody
 from loop_lens.models.native.config import LoopedConfig
 from loop_lens.models.native.modeling import LoopedTransformer
-from loop_lens.models.published.checkpoint import Weights, build_native, family_of, read_config, weight_files
-from loop_lens.models.published.families import HRM_TYPE, NATIVE_TYPE, UnknownFamilyError, detect_family
+from loop_lens.models.published.checkpoint import Weights, build_native, read_config, weight_files
+from loop_lens.models.published.families import (
+    HRM_TYPE,
+    NATIVE_TYPE,
+    UnknownFamilyError,
+    detect_family,
+    family_of,
+)
 from loop_lens.models.published.weights import WeightsError
 from loop_lens.models.window import Window, WindowBody
 from loop_lens.opening.hub import load_tokenizer, resolve_checkpoint

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,6 +92,35 @@ class LoopBody(Unroller):
             ValueError: If that takes more than the state.
         """
         return state
+
+    @property
+    def depends_on_times(self) -> bool:
+        """Whether what an iteration computes depends on the number of iterations."""
+        return False
+
+    @property
+    def config_fields(self) -> dict[str, Any]:
+        """What a saved config.json holds beside the model's own config, so that the loop opens again."""
+        return {}
+
+    def to_checkpoint(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All weights, given under the model's own names, under those of its checkpoint."""
+        return dict(own)
+
+    def from_checkpoint(
+        self, weights: Mapping[str, Tensor], own: Mapping[str, Tensor], *, strict: bool
+    ) -> dict[str, Tensor]:
+        """Weights under the checkpoint's names, or the model's own, under the model's own.
+
+        Args:
+            weights: The weights to rename.
+            own: The model's present weights under its own names, for their shapes.
+            strict: Whether the weights must be all of the checkpoint's.
+
+        Raises:
+            WeightsError: If ``strict`` and weights are missing or unknown, or if one is misshapen.
+        """
+        return dict(weights)
 
     @property
     def initial_state(self) -> Any:

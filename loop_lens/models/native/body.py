@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from loop_lens.models.native.modeling import LoopedTransformer
 from loop_lens.models.native.state import require_initial_state
+from loop_lens.models.published.families import family_of
 from loop_lens.unrolling.body import LoopBody
 
 
@@ -82,6 +84,20 @@ class NativeBody(LoopBody):
         if self.config.post_loop_norm:
             state = self.model.__dict__["inner_norm"](state)
         return self.model.state_projection(state) if self.config.state_projection else state
+
+    def to_checkpoint(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights as the published family stores them, where they come from one."""
+        family = family_of(self.config)
+        return dict(own) if family is None else family.to_published(self.config, own)
+
+    def from_checkpoint(
+        self, weights: Mapping[str, Tensor], own: Mapping[str, Tensor], *, strict: bool
+    ) -> dict[str, Tensor]:
+        """The weights as the native model stores them."""
+        family = family_of(self.config)
+        if family is None or set(weights) <= set(own):
+            return dict(weights)
+        return family.to_native(self.config, weights, own, strict=strict, source="the state dict")
 
     @property
     def initial_state(self) -> Any:

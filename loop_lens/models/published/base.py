@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from loop_lens.models.native.config import LoopedConfig
-from loop_lens.models.published.weights import Entry
+from loop_lens.models.published.weights import Entry, to_native
 
 Config = dict[str, Any]
 
@@ -37,6 +37,30 @@ class Family:
     entries: Callable[[LoopedConfig], list[Entry]]
     derived: Callable[[LoopedConfig], dict[str, Tensor]] = lambda config: {}
     prepends_bos: bool = True
+
+    def to_published(self, config: LoopedConfig, native: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Native parameters as the family's checkpoints hold them. One-to-one entries keep their storage."""
+        renamed = {
+            entry.published: entry.join(*(native[name] for name in entry.native))
+            for entry in self.entries(config)
+        }
+        return {**renamed, **self.derived(config)}
+
+    def to_native(
+        self,
+        config: LoopedConfig,
+        published: Mapping[str, Tensor],
+        native: Mapping[str, Tensor],
+        *,
+        strict: bool = True,
+        source: str,
+    ) -> dict[str, Tensor]:
+        """A checkpoint of the family as native parameters; see `loop_lens.models.published.weights.to_native`."""
+        entries = self.entries(config)
+        if not strict:
+            entries = [entry for entry in entries if entry.published in published]
+            published = {entry.published: published[entry.published] for entry in entries}
+        return to_native(published, entries, native, ignored=self.derived(config), source=source)
 
 
 def token_ids(published: Config) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from loop_lens.models.native.config import LoopedConfig
 from loop_lens.models.native.modeling import LoopedTransformer
-from loop_lens.models.published.families import FAMILIES, Family
+from loop_lens.models.published.families import family_of
 from loop_lens.models.published.weights import WeightsError, same, to_native
 
 if TYPE_CHECKING:
@@ -79,11 +79,6 @@ class Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._files)
-
-
-def family_of(config: LoopedConfig) -> Family | None:
-    """The published family that a native model came from."""
-    return next((family for family in FAMILIES if family.name == config.family), None)
 
 
 def build_native(

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from loop_lens.models.native.config import LoopedConfig
 from loop_lens.models.published.base import Family
 from loop_lens.models.published.huginn import HUGINN
 from loop_lens.models.published.ouro import OURO
@@ -44,6 +45,11 @@ def detect_family(
         f"({', '.join(known)}). A looped model in memory opens with loop_lens.wrap(), an ordinary decoder "
         "with loop_lens.loopify()."
     )
+
+
+def family_of(config: LoopedConfig) -> Family | None:
+    """The published family that a native model came from."""
+    return next((family for family in FAMILIES if family.name == config.family), None)
 
 
 def looped_model_types() -> frozenset[str]:

@@ -124,8 +124,3 @@ def to_native(
         for name, part in zip(entry.native, entry.split(tensor), strict=True):
             loaded[name] = part.contiguous()
     return loaded
-
-
-def to_published(native: Mapping[str, Tensor], entries: Iterable[Entry]) -> dict[str, Tensor]:
-    """Native parameters under their published names. One-to-one entries keep their storage."""
-    return {entry.published: entry.join(*(native[name] for name in entry.native)) for entry in entries}
