@@ -20,6 +20,7 @@ from loop_lens.dynamics.distances import (
     total_variation,
 )
 from loop_lens.figures.canvas import new_figure
+from loop_lens.figures.heatmap import draw_heatmap
 from loop_lens.measuring.moments import Collector, Measured, Moments
 from loop_lens.measuring.probe import Ends
 from loop_lens.measuring.processes import shared
@@ -162,15 +163,25 @@ class AttentionSettling(Measured):
         metric = metric or f"{self.metric}_step"
         kind, _, of = metric.rpartition("_")
         values = self.mean(metric)
-        n_iterations, n_heads = len(values), values.shape[-1]
-        grid = values.permute(1, 2, 0).reshape(-1, n_iterations).numpy()
+        grid = values.flatten(1).T
         figure, axes = new_figure(7, 1.2 + 0.22 * len(grid))
         from matplotlib.colors import LogNorm  # new_figure has said so if it is not there
 
         # Below the rounding there is nothing to tell apart.
         low = max(float(self.floor(kind).nan_to_num().max()), float(values.nan_to_num(1.0).min()), 1e-12)
         scale = LogNorm(low, max(float(values.nan_to_num().max()), 2 * low), clip=True)
-        image = axes.imshow(grid, cmap="viridis", norm=scale, aspect="auto", interpolation="nearest")
+        image = draw_heatmap(
+            axes,
+            grid,
+            rows=[f"{layer}.{head}" for layer in range(values.shape[1]) for head in range(values.shape[2])],
+            columns=self.iterations,
+            row_name="layer.head",
+            column_name="iteration",
+            row_ticks=32,
+            cmap="viridis",
+            norm=scale,
+        )
+        axes.tick_params(axis="y", labelsize=7)
         try:
             where = self.settled(metric=kind, of="distance" if of == "distance" else "step").flatten()
         except ValueError:
@@ -178,13 +189,6 @@ class AttentionSettling(Measured):
         for row, at in enumerate(where.tolist()):
             if at == at:
                 axes.plot([at + 0.5, at + 0.5], [row - 0.5, row + 0.5], color="red", linewidth=1.5)
-        step = -(-len(grid) // 32)
-        ticks = range(0, len(grid), step)
-        axes.set_yticks(ticks, [f"{row // n_heads}.{row % n_heads}" for row in ticks], fontsize=7)
-        step = -(-n_iterations // 16)
-        ticks = range(0, n_iterations, step)
-        axes.set_xticks(ticks, [str(self.iterations[i]) for i in ticks])
-        axes.set(xlabel="iteration", ylabel="layer.head")
         figure.colorbar(image, ax=axes, label=metric.replace("_", " "))
         return figure
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics.attention import by_head
 from loop_lens.dynamics.distances import frobenius_rows, require_two_tokens, total_variation
-from loop_lens.figures.canvas import new_figure
+from loop_lens.figures.lines import line_figure
 from loop_lens.measuring.moments import Collector, Measured, Moments
 from loop_lens.measuring.probe import Ends
 from loop_lens.measuring.processes import shared
@@ -106,15 +106,14 @@ class AttentionBound(Measured):
         """The worst ratio of any head against the iteration, one line per layer; not shown."""
         if ratio not in RATIOS:
             raise ValueError(f"ratio {ratio!r} is unknown: there are {', '.join(RATIOS)}")
-        figure, axes = new_figure(6, 3.2)
         worst = self.worst[ratio].amax(-1)
-        for layer in range(worst.shape[1]):
-            axes.plot(range(1, len(worst)), worst[1:, layer], "-", label=f"layer {layer}")
-        axes.axhline(1.0, color="gray", linestyle=":", label="the bound")
-        axes.set(xlabel="iteration", ylabel=f"step / {ratio.replace('ratio', 'bound').replace('_', ' ')}")
-        axes.set_yscale("log")
-        axes.legend(fontsize=7, ncols=2)
-        return figure
+        return line_figure(
+            {f"layer {layer}": values[1:] for layer, values in enumerate(worst.T)},
+            ylabel=f"step / {ratio.replace('ratio', 'bound')}",
+            at=range(1, len(worst)),
+            level=(1.0, "the bound"),
+            log=True,
+        )
 
 
 class BoundProbe:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loop_lens.bridge.model import HookedLoopedTransformer
-from loop_lens.figures.canvas import new_figure
+from loop_lens.figures.lines import line_figure
 from loop_lens.measuring.moments import Collector, Measured, Moments
 from loop_lens.measuring.probe import Ends
 from loop_lens.measuring.processes import shared
@@ -67,21 +67,20 @@ class Convergence(Measured):
     def plot(self, metric: str = "relative_step") -> Any:
         """One line per layer against the iteration, one prompt spread around it; a figure, not shown."""
         values, spread = self.mean(metric), self.std(metric, over="prompts")
-        figure, axes = new_figure(6, 3.2)
-        at = list(range(len(self.iterations)))
-        for layer in range(self.n_layers):
-            (line,) = axes.plot(at, values[:, layer], "-", label=f"layer {layer}")
-            middle, high = values[:, layer], values[:, layer] + spread[:, layer]
-            # On a logarithmic axis the band is as wide below as above, so that it never falls to zero.
-            low = middle - spread[:, layer] if "cosine" in metric else middle**2 / high
-            axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        log, high = "cosine" not in metric, values + spread
+        # On a logarithmic axis the band is as wide below as above, so that it never falls to zero.
+        low = values**2 / high if log else values - spread
+        names = [f"layer {layer}" for layer in range(self.n_layers)]
+        lines = dict(zip(names, values.T, strict=True))
         if metric in ("step", "distance"):
-            axes.plot(at, self.mean("floor")[:, 0], ":", color="gray", label="rounding")
-        if "cosine" not in metric:
-            axes.set_yscale("log")
-        axes.set(xlabel="iteration", ylabel=metric.replace("_", " "))
-        axes.legend(fontsize=7, ncols=2)
-        return figure
+            lines["rounding"] = self.mean("floor")[:, 0]
+        return line_figure(
+            lines,
+            ylabel=metric,
+            bands=dict(zip(names, zip(low.T, high.T, strict=True), strict=True)),
+            styles={"rounding": {"color": "gray", "linestyle": ":"}},
+            log=log,
+        )
 
 
 class ConvergenceProbe:

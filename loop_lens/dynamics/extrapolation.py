@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics.convergence import Convergence, ConvergenceProbe
 from loop_lens.figures.canvas import new_figure
+from loop_lens.figures.lines import draw_band
 from loop_lens.lenses.readers import coda_start, is_normed, read_stream, run_coda
 from loop_lens.lenses.readout import CHUNK
 from loop_lens.measuring.moments import Collector, DivergedError, Measured, Moments
@@ -82,15 +83,7 @@ class Extrapolation(Measured):
         figure, panels = new_figure(3.4 * len(metrics), 2.8, 1, len(metrics), squeeze=False)
         for axes, metric in zip(panels[0], metrics, strict=True):
             mean, spread = self.mean(metric), self.std(metric, over="prompts")
-            (line,) = axes.plot(self.recurrences, mean, "o-", markersize=3)
-            axes.fill_between(
-                self.recurrences,
-                mean - spread,
-                mean + spread,
-                color=line.get_color(),
-                alpha=0.15,
-                linewidth=0,
-            )
+            draw_band(axes, self.recurrences, mean, mean - spread, mean + spread, marker="o", markersize=3)
             axes.axvline(self.trained, color="gray", linestyle=":", label=f"trained: {self.trained}")
             axes.set_xscale("log", base=2)
             axes.set_xticks(self.recurrences, [str(r) for r in self.recurrences], fontsize=7)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics.states import Column, StateProbe, tidy
-from loop_lens.figures.canvas import new_figure
+from loop_lens.figures.lines import line_figure
 from loop_lens.measuring.moments import Collector, Measured, Moments
 from loop_lens.measuring.probe import Ends
 from loop_lens.measuring.processes import shared
@@ -68,18 +68,14 @@ class StepGeometry(Measured):
     def plot(self, metric: str = "contraction") -> Any:
         """One line per layer, and the state's, against the iteration; a figure, not shown."""
         values = self.mean(metric)
-        figure, axes = new_figure(6, 3.2)
-        at = list(range(len(self.iterations)))
-        for k, layer in enumerate(self.layers):
-            style = {"color": "black", "linestyle": "--"} if isinstance(layer, str) else {}
-            axes.plot(at, values[:, k], label=layer if isinstance(layer, str) else f"layer {layer}", **style)
-        if metric == "contraction":
-            axes.axhline(1, color="gray", linestyle=":")
-        if metric in ("step", "acceleration"):
-            axes.set_yscale("log")
-        axes.set(xlabel="iteration", ylabel=metric.replace("_", " "))
-        axes.legend(fontsize=7, ncols=2)
-        return figure
+        names = [layer if isinstance(layer, str) else f"layer {layer}" for layer in self.layers]
+        return line_figure(
+            dict(zip(names, values.T, strict=True)),
+            ylabel=metric,
+            styles={"state": {"color": "black", "linestyle": "--"}},
+            level=(1, None) if metric == "contraction" else None,
+            log=metric in ("step", "acceleration"),
+        )
 
 
 class LocalProbe(StateProbe):

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from loop_lens.dynamics.distances import DISTANCES, jensen_shannon, require_distances, require_two_tokens
-from loop_lens.figures.canvas import new_figure
+from loop_lens.figures.canvas import new_figure, spaced
 from loop_lens.measuring.moments import DivergedError, Moments, Over
 from loop_lens.measuring.probe import Ends
 from loop_lens.measuring.processes import shared
@@ -127,7 +127,7 @@ class FiringSimilarity(Result):
         for at in starts[1:]:
             axes.axhline(at - 0.5, color="white", linewidth=0.6)
             axes.axvline(at - 0.5, color="white", linewidth=0.6)
-        shown = starts[:: -(-len(starts) // 12)]
+        shown = [starts[i] for i in spaced(len(starts), 12)]
         labels = [
             self.segments[i] if self.iterations[i] is None else f"{self.segments[i]} {self.iterations[i]}"
             for i in shown

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics.states import StateProbe
-from loop_lens.figures.canvas import new_figure
+from loop_lens.figures.lines import line_figure
 from loop_lens.measuring.moments import Collector, Moments
 from loop_lens.measuring.processes import shared
 from loop_lens.measuring.results import Result, require_alike
@@ -81,15 +81,8 @@ class PathIndependence(Result):
     def plot(self, metric: str = "cosine") -> Any:
         """One line per pair against the iteration; a figure, not shown."""
         values = self.pairs.mean(metric)
-        figure, axes = new_figure(6, 3.2)
-        for k, pair in enumerate(self.pairs.axes["pair"]):
-            axes.plot(range(len(values)), values[:, k], label=pair)
-        if metric != "cosine":
-            axes.set_yscale("log")
-        axes.set(xlabel="iteration", ylabel=metric.replace("_", " "))
-        if len(self.pairs.axes["pair"]) <= 12:
-            axes.legend(fontsize=7, ncols=2)
-        return figure
+        lines = dict(zip(self.pairs.axes["pair"], values.T, strict=True))
+        return line_figure(lines, ylabel=metric, log=metric != "cosine", legend=len(lines) <= 12)
 
 
 def path_independence(

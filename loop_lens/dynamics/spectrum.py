@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics.krylov import Leading, largest_eigenvalue, largest_singular_value
 from loop_lens.dynamics.linearised import IterationMap
-from loop_lens.figures.canvas import new_figure
+from loop_lens.figures.lines import line_figure
 from loop_lens.measuring.results import Result
 from loop_lens.prompts.reader import read_together
 from loop_lens.unrolling.tree import Iteration
@@ -68,18 +68,15 @@ class JacobianSpectrum(Result):
 
     def plot(self) -> Any:
         """Both against the iteration: means, and the range over prompts and positions; not shown."""
-        figure, axes = new_figure(6, 3.2)
-        at = list(range(len(self.iterations)))
-        for name, values in (("spectral radius", self.radius), ("singular value", self.singular_value)):
-            flat = values.flatten(1)
-            (line,) = axes.plot(at, flat.mean(1), "o-", markersize=3, label=name)
-            axes.fill_between(at, flat.amin(1), flat.amax(1), color=line.get_color(), alpha=0.15, linewidth=0)
-        axes.axhline(1, color="gray", linestyle=":")
-        axes.set(xlabel="iteration", ylabel="leading value of the Jacobian")
-        step = -(-len(at) // 16)
-        axes.set_xticks(at[::step], [str(t) for t in self.iterations[::step]])
-        axes.legend(fontsize=7)
-        return figure
+        flat = {"spectral radius": self.radius.flatten(1), "singular value": self.singular_value.flatten(1)}
+        return line_figure(
+            {name: values.mean(1) for name, values in flat.items()},
+            ylabel="leading value of the Jacobian",
+            ticks=self.iterations,
+            bands={name: (values.amin(1), values.amax(1)) for name, values in flat.items()},
+            level=(1, None),
+            marker="o",
+        )
 
 
 def spectral_radius(

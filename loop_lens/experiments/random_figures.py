@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loop_lens.experiments.random_init import Kind, Measured
 from loop_lens.experiments.random_models import NORMS
-from loop_lens.figures.canvas import new_figure
+from loop_lens.figures.canvas import new_figure, shades
 
 _TITLES = {"pre": "pre-norm", "huginn": "Huginn's norm", "ouro": "Ouro's norms"}
 
@@ -34,7 +34,7 @@ def layer_grid(
         ylabel: Its name.
     """
     figure, panels = new_figure(8.6, 4.6, 2, 3, squeeze=False, sharex=True, sharey=not log)
-    shades = _shades(layers)
+    colours = shades(layers)
     for row, injection in enumerate((True, False)):
         for column, norm in enumerate(NORMS):
             axes, found = panels[row][column], models.get((layers, injection, norm))
@@ -43,7 +43,7 @@ def layer_grid(
                 continue
             values = found.curves[curve]
             for layer in range(layers):
-                axes.plot(_at(values), _drawn(values[:, layer], log), color=shades[layer], linewidth=0.9)
+                axes.plot(_at(values), _drawn(values[:, layer], log), color=colours[layer], linewidth=0.9)
             if overlay:
                 line = _drawn(found.degeneracy[overlay], log)
                 axes.plot(_at(line), line, "--", color="black", linewidth=1.1, label="farthest layer")
@@ -96,7 +96,7 @@ def figure_31(models: Mapping[Kind, Measured]) -> Any:
                 axes.set_axis_off()
                 continue
             values = found.curves["last_cosine"]
-            for layer, shade in enumerate(_shades(layers)):
+            for layer, shade in enumerate(shades(layers)):
                 axes.plot(_at(values), values[:, layer], color=shade, linewidth=0.8)
             if row == 0:
                 axes.set_title(f"{layers} layers", fontsize=9)
@@ -117,18 +117,12 @@ def _drawn(values: Tensor, log: bool) -> Tensor:
     return values.where(values > 0, float("nan")) if log else values
 
 
-def _shades(n: int) -> list[Any]:
-    from matplotlib import colormaps
-
-    return [colormaps["viridis"](0.92 * k / max(n - 1, 1)) for k in range(n)]
-
-
 def _colour_bar(figure: Any, panels: Any, layers: int | None) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
     top = layers - 1 if layers is not None else 1
-    colours = ListedColormap(_shades(layers or 64))
+    colours = ListedColormap(shades(layers or 64))
     bar = figure.colorbar(
         ScalarMappable(Normalize(0, max(top, 1)), colours), ax=panels, fraction=0.03, pad=0.02, aspect=40
     )

@@ -41,6 +41,13 @@ def attention_page(
     Raises:
         ValueError: If the patterns hold NaN, or their size is not the number of tokens (circuitsvis
             would draw both without a word).
+
+    Example:
+        >>> from loop_lens.figures import attention_page
+        >>> _, cache = model.run_with_cache(prompt)
+        >>> patterns = cache.over_iterations("pattern", layer=1)[:, 0, 0]
+        >>> attention_page(patterns, model.to_str_tokens(prompt), "page.html").exists()
+        True
     """
     n = len(tokens)
     if patterns.ndim != 3 or patterns.shape[1:] != (n, n):

@@ -1,4 +1,4 @@
-"""Small figures with matplotlib; returned, never shown."""
+"""Heat maps."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from loop_lens.figures.canvas import spaced
 
-def heatmap(
+
+def draw_heatmap(
     axes: Any,
     values: Any,
     *,
@@ -17,20 +19,48 @@ def heatmap(
     row_name: str,
     column_name: str,
     limit: float | None = None,
+    row_ticks: int = 16,
+    **image: Any,
 ) -> Any:
     """Draw a matrix [row column] around zero: blue is positive, red negative, white nothing.
 
+    Args:
+        axes: Matplotlib's axes to draw on.
+        values: The matrix.
+        rows: Labels of the rows.
+        columns: Labels of the columns; at most 16 are shown.
+        row_name: Name of the vertical axis.
+        column_name: Name of the horizontal axis.
+        limit: The absolute value that has the full colour; the largest by default.
+        row_ticks: How many rows are labelled at most.
+        **image: Other colours, as for matplotlib's ``imshow``: ``cmap`` with ``norm``, or ``vmin`` and ``vmax``.
+
     Returns:
         The image, for a colour bar.
+
+    Example:
+        >>> from loop_lens.figures import draw_heatmap
+        >>> from matplotlib.figure import Figure
+        >>> figure = Figure()
+        >>> image = draw_heatmap(
+        ...     figure.subplots(),
+        ...     torch.randn(2, 8),
+        ...     rows=["layer 0", "layer 1"],
+        ...     columns=range(8),
+        ...     row_name="layer",
+        ...     column_name="iteration",
+        ... )
+        >>> bar = figure.colorbar(image, label="effect")
     """
     grid = np.asarray(values, dtype=float)
-    reach = limit or float(np.nanmax(np.abs(grid), initial=0.0)) or 1.0
-    image = axes.imshow(grid, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto", interpolation="nearest")
-    for set_ticks, labels in ((axes.set_yticks, rows), (axes.set_xticks, columns)):
-        step = -(-len(labels) // 16)
-        ticks = list(range(0, len(labels), step))
+    if not image:
+        reach = limit or float(np.nanmax(np.abs(grid), initial=0.0)) or 1.0
+        image = {"cmap": "RdBu", "vmin": -reach, "vmax": reach}
+    picture = axes.imshow(grid, aspect="auto", interpolation="nearest", **image)
+    for set_ticks, labels, most in ((axes.set_yticks, rows, row_ticks), (axes.set_xticks, columns, 16)):
+        ticks = spaced(len(labels), most)
         set_ticks(ticks, [str(labels[i]) for i in ticks])
     if any(len(str(label)) > 3 for label in columns):
         axes.tick_params(axis="x", rotation=60)
     axes.set(xlabel=column_name, ylabel=row_name)
-    return image
+    return picture

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.bridge.names import find_sites, n_heads
 from loop_lens.figures.canvas import new_figure
-from loop_lens.figures.heatmap import heatmap
+from loop_lens.figures.heatmap import draw_heatmap
 from loop_lens.interventions.metrics import MetricLike, bind, per_prompt
 from loop_lens.interventions.sweep import Direction, Prompts
 from loop_lens.unrolling.sites import Firing, Site
@@ -120,7 +120,7 @@ class PathResult:
         figure, axes = new_figure(
             2 + 0.4 * max(4, len(self.receivers)), 1.5 + 0.3 * max(3, len(self.senders))
         )
-        image = heatmap(
+        image = draw_heatmap(
             axes,
             self.effect.cpu(),
             rows=[str(s) for s in self.senders],

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.bridge.names import InjectionSite, find_sites, hook_of, n_heads
 from loop_lens.figures.canvas import new_figure
-from loop_lens.figures.heatmap import heatmap
+from loop_lens.figures.heatmap import draw_heatmap
 from loop_lens.interventions.engine import Abilities, Engine, Hooks
 from loop_lens.interventions.metrics import Metric, MetricLike, bind, per_prompt
 from loop_lens.interventions.plan import Batch, Cell, pack
@@ -120,7 +120,7 @@ class SweepResult:
         reach = float(grid.nan_to_num().abs().max()) or 1.0
         image = None
         for panel, place in zip(axes.flat, panels, strict=False):
-            image = heatmap(
+            image = draw_heatmap(
                 panel,
                 grid[place],
                 rows=self._ticks(row_axis),

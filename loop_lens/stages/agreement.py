@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from loop_lens.figures.canvas import new_figure
+from loop_lens.figures.lines import line_figure
 from loop_lens.measuring.results import Result
 from loop_lens.stages.result import Curve, Span, Stages
 
@@ -52,12 +52,9 @@ class StageAgreement(Result):
     def plot(self, score: str = "correlation") -> Any:
         """One line per metric against the recurrence; a figure, not shown."""
         values: Tensor = getattr(self, score)
-        figure, axes = new_figure(6, 3.2)
-        for metric, line in zip(self.metrics, values, strict=True):
-            axes.plot(range(len(line)), line, "o-", markersize=3, label=metric.replace("_", " "))
-        axes.set(xlabel="recurrence", ylabel=score.replace("_", " "))
-        axes.legend(fontsize=7, ncols=2)
-        return figure
+        names = [metric.replace("_", " ") for metric in self.metrics]
+        lines = dict(zip(names, values, strict=True))
+        return line_figure(lines, ylabel=score, xlabel="recurrence", marker="o")
 
 
 def stage_agreement(

@@ -11,7 +11,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from loop_lens.figures.canvas import new_figure
+from loop_lens.figures.canvas import new_figure, shades, spaced
+from loop_lens.figures.lines import draw_band
 from loop_lens.measuring.moments import Measured, Moments
 from loop_lens.measuring.results import require_alike
 from loop_lens.unrolling.tree import Iteration
@@ -217,8 +218,7 @@ class Stages(Measured):
         figure, axes = new_figure(6.4, 3.4)
         mine = self.curves(metric, by=by, span=span)
         looping = [curve for curve in mine if curve.recurrence is not None]
-        shades = _shades(len(looping))
-        step = -(-len(looping) // _LABELLED) if looping else 1
+        colours, labelled = shades(len(looping)), spaced(len(looping), _LABELLED)
         for curve in mine:
             if curve.recurrence is None:
                 if by == "layer":
@@ -227,11 +227,10 @@ class Stages(Measured):
                 color, label = ("C0" if by == "depth" else "0.5"), None if by == "depth" else curve.label
             else:
                 k = next(i for i, other in enumerate(looping) if other is curve)
-                color, label = shades[k], curve.label if k % step == 0 else None
-            style = "o-" if len(curve.at) == 1 else "-"
-            axes.plot(curve.at, curve.mean, style, color=color, label=label, markersize=3)
-            low, high = curve.mean - curve.spread, curve.mean + curve.spread
-            axes.fill_between(curve.at, low, high, color=color, alpha=0.12, linewidth=0)
+                color, label = colours[k], curve.label if k in labelled else None
+            ends = curve.mean - curve.spread, curve.mean + curve.spread
+            options = {"color": color, "label": label, "marker": "o" if len(curve.at) == 1 else None}
+            draw_band(axes, curve.at, curve.mean, *ends, markersize=3, alpha=0.12, **options)
         if by == "depth" and self.recurrences <= 64:
             for i in range(1, len(self.firings)):
                 if self._recurrence[i] != self._recurrence[i - 1]:
@@ -250,13 +249,6 @@ class Stages(Measured):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7, ncols=2)
         return figure
-
-
-def _shades(n: int) -> list[Any]:
-    """Colours from early to late."""
-    from matplotlib import colormaps
-
-    return [colormaps["viridis"](0.9 * k / max(n - 1, 1)) for k in range(n)]
 
 
 def _axis(by: By, span: Span) -> str:
