@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from dataclasses import field, fields, replace
 from pathlib import Path
@@ -10,26 +9,28 @@ from typing import Any, Literal, Self
 
 import pandas as pd
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-_TYPE = "loop_lens.result"
+from loop_lens.measuring.files import read_file, write_file
+
 _HOW = "loop_lens.merge"
 
 
 How = Literal["same", "add", "append", "max", "first"]
 
 
-def merged(how: How, **options: Any) -> Any:
+def merged(how: How, *, dim: int = 0, fill: float | None = None, **options: Any) -> Any:
     """A dataclass field of a `Result`, and how it merges.
 
     Args:
-        how: ``"same"`` (both must be equal; what a plain field does), ``"add"``, ``"append"`` (along the first
-            dimension), ``"max"`` (NaN counts for nothing), or ``"first"`` (the first result's is kept).
+        how: ``"same"`` (both must be equal; what a plain field does), ``"add"``, ``"append"``, ``"max"`` (NaN
+            counts for nothing), or ``"first"`` (the first result's is kept).
+        dim: The dimension along which tensors are appended, that of the prompts.
+        fill: What a shorter prompt has where only longer ones have a position: before tensors are appended,
+            the dimension after ``dim`` is filled up with it.
         **options: As for `dataclasses.field`.
     """
-    return field(metadata={_HOW: how}, **options)
+    return field(metadata={_HOW: (how, dim, fill)}, **options)
 
 
 class Result:
@@ -54,7 +55,7 @@ class Result:
             if isinstance(mine, Result) and isinstance(theirs, Result):
                 changed[each.name] = mine.merge(theirs)
             elif _HOW in each.metadata:
-                changed[each.name] = _merge(each.metadata[_HOW], mine, theirs)
+                changed[each.name] = _merge(mine, theirs, *each.metadata[_HOW])
             else:
                 require_alike(self, other, each.name)
         return replace(self, **changed)  # type: ignore[type-var]
@@ -76,11 +77,7 @@ class Result:
         tensors: dict[str, Tensor] = {}
         plain: dict[str, Any] = {}
         self._collect("", tensors, plain)
-        save_file(
-            {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
-            str(path),
-            metadata={_TYPE: type(self).__name__, "fields": json.dumps(plain)},
-        )
+        write_file(path, type(self).__name__, tensors, plain)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -89,13 +86,7 @@ class Result:
         Raises:
             ValueError: If the file holds another kind of result, or none.
         """
-        with safe_open(str(path), framework="pt") as file:
-            about = file.metadata() or {}
-            found = about.get(_TYPE)
-            if found != cls.__name__:
-                raise ValueError(f"{path} holds {found or 'no loop_lens result'}, not a {cls.__name__}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        return cls._rebuild("", tensors, json.loads(about["fields"]))
+        return cls._rebuild("", *read_file(path, cls.__name__))
 
     def _collect(self, prefix: str, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
         for each in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
@@ -148,16 +139,31 @@ def _with_tuples(value: Any) -> Any:
     return value
 
 
-def _merge(how: How, mine: Any, theirs: Any) -> Any:
-    if how == "first" or mine is None or theirs is None:
+def _merge(mine: Any, theirs: Any, how: How, dim: int, fill: float | None) -> Any:
+    if mine is None or theirs is None:
+        return None if how == "append" else mine
+    if how == "first":
         return mine
     if isinstance(mine, dict):
-        return {key: _merge(how, value, theirs[key]) for key, value in mine.items()}
+        return {key: _merge(value, theirs[key], how, dim, fill) for key, value in mine.items()}
     if how == "append":
-        return torch.cat([mine, theirs]) if isinstance(mine, Tensor) else (*mine, *theirs)
+        return _append(mine, theirs, dim, fill) if isinstance(mine, Tensor) else (*mine, *theirs)
     if how == "max":
         return torch.fmax(mine, theirs) if isinstance(mine, Tensor) else max(mine, theirs)
     return mine + theirs
+
+
+def _append(mine: Tensor, theirs: Tensor, dim: int, fill: float | None) -> Tensor:
+    if fill is not None:
+        size = max(mine.shape[dim + 1], theirs.shape[dim + 1])
+        mine, theirs = (_filled(values, dim + 1, size, fill) for values in (mine, theirs))
+    return torch.cat([mine, theirs], dim)
+
+
+def _filled(values: Tensor, dim: int, size: int, fill: float) -> Tensor:
+    missing = list(values.shape)
+    missing[dim] = size - values.shape[dim]
+    return torch.cat([values, values.new_full(missing, fill)], dim)
 
 
 def require_alike(a: Result, b: Result, *names: str) -> None:
