@@ -23,7 +23,7 @@ from torch import Tensor
 
 import loop_lens
 from loop_lens import LoopedConfig, LoopedTransformer
-from loop_lens.dynamics.convergence import ConvergenceProbe
+from loop_lens.dynamics import ConvergenceProbe
 from loop_lens.measuring.run import measure
 from loop_lens.stages import StagesProbe
 

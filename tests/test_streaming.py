@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,39 +17,37 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 
 from loop_lens.dynamics import Convergence, convergence
 from loop_lens.measuring.moments import Collector, DivergedError, Moments
+from loop_lens.measuring.probe import Probe
 from loop_lens.measuring.results import Result
 from loop_lens.measuring.run import measure, schedule_of
 from loop_lens.prompts.reader import Batch, batches_of, read_prompts
-from loop_lens.unrolling.sites import Firing
+from loop_lens.unrolling.sites import Site
 from tests.interventions.models import opened, wrapped
 from tests.oracles.unrolled import decoder
 
 TEXTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9 w10"]
 
 
-class Recorder:
+class Recorder(Probe):
     """Keeps what it sees."""
 
     def __init__(self, *hooks: str) -> None:
         self.hooks = hooks
         self.batches: list[Batch] = []
-        self.seen: list[tuple[str, int]] = []
+        self.seen: list[Site] = []
         self.values: list[Tensor] = []
-        self.ends: list[dict[Any, Tensor]] = []
+        self.references: list[Mapping[Site, Tensor]] = []
 
-    def wants(self, hook: str, firing: Firing) -> bool:
-        return firing.segment != "coda"
+    def wants(self, site: Site) -> bool:
+        return site.segment != "coda"
 
-    def begin(self, batch: Batch, ends: dict[Any, Tensor]) -> None:
+    def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
         self.batches.append(batch)
-        self.ends.append(ends)
+        self.references.append(reference)
 
-    def see(self, hook: str, firing: Firing, value: Tensor) -> None:
-        self.seen.append((hook, firing.index))
+    def see(self, site: Site, value: Tensor) -> None:
+        self.seen.append(site)
         self.values.append(value)
-
-    def end(self) -> None:
-        pass
 
 
 def test_every_form_of_prompts_is_the_same_prompts() -> None:
@@ -100,22 +99,48 @@ def test_bad_prompts(prompts: Any, message: str) -> None:
         list(batches_of(wrapped(), TEXTS, 0))
 
 
-def test_a_probe_sees_every_firing_in_order_and_the_ends_of_the_reference() -> None:
+def test_a_probe_sees_every_firing_in_order_and_the_last_states_of_the_reference() -> None:
     model = wrapped(injection="linear", initial_state="noise")
     tokens = torch.tensor([[1, 2, 3]])
     probe = Recorder("resid_post", "pattern")
     measure(model, tokens, [probe], reference=model.recurrences + 2)
     firings = [f.index for f in model.schedule if f.segment != "coda"]
-    assert [i for hook, i in probe.seen if hook == "resid_post"] == firings
+    assert [site.place.index for site in probe.seen if site.short == "resid_post"] == firings  # type: ignore[union-attr]
     _, cache = model.run_with_cache(tokens)
     values = dict(zip(probe.seen, probe.values, strict=True))
     for i in firings:
-        assert torch.equal(values["resid_post", i], cache["resid_post", i])
-        assert torch.equal(values["pattern", i], cache["pattern", i])
+        for hook in ("hook_resid_post", "attn.hook_pattern"):
+            name = f"blocks.{i}.{hook}"
+            assert torch.equal(values[model.locate(name)], cache[name])
     with model.at_recurrences(model.recurrences + 2):
         _, later = model.run_with_cache(tokens)
-        name = model.name("resid_post", iteration=model.recurrences - 1, layer=1)
-        assert torch.equal(probe.ends[0]["resid_post", "loop", 1], later[name])
+        last = model.locate(model.name("resid_post", iteration=model.recurrences - 1, layer=1))
+        assert torch.equal(probe.references[0][last], later[last.flat])
+        assert last.at(1) not in probe.references[0]
+
+
+def test_a_probe_sees_what_lies_between_blocks_and_may_refer_to_any_iteration() -> None:
+    class Between(Recorder):
+        def refers_to(self, site: Site, *, last: bool) -> bool:
+            return site.short == "state_out" and site.iteration == 1
+
+    for name in ("huginn", "hrm_text", "looped_llama"):
+        model = opened(name)
+        tokens = torch.tensor([[1, 2, 3]])
+        hooks = [hook.removeprefix("hook_") for hook in model.schedule.hooks_between]
+        probe = Between(*hooks)
+        measure(model, tokens, [probe], reference=model.recurrences + 1)
+        _, cache = model.run_with_cache(tokens, names_filter=list(model.schedule.sites))
+        assert {site.name for site in probe.seen} == set(model.schedule.sites)
+        for site, value in zip(probe.seen, probe.values, strict=True):
+            assert torch.equal(value, cache[site.name]), site.name
+        for site, value in probe.references[0].items():
+            assert torch.equal(value, cache[site.name]), site.name
+        alone = Recorder(hooks[0])
+        measure(model, tokens, [alone])
+        assert alone.seen and all(
+            torch.equal(v, cache[s.name]) for s, v in zip(alone.seen, alone.values, strict=True)
+        )
 
 
 def test_a_feed_forward_model_is_measured_on_the_same_axes() -> None:
@@ -125,7 +150,7 @@ def test_a_feed_forward_model_is_measured_on_the_same_axes() -> None:
     probe = Recorder("resid_post")
     tokens = torch.tensor([[1, 2, 3]])
     measure(plain, tokens, [probe])
-    assert [i for _, i in probe.seen] == list(range(plain.cfg.n_layers))
+    assert [site.layer for site in probe.seen] == list(range(plain.cfg.n_layers))
     assert str(schedule_of(plain)).startswith("blocks")
     with pytest.raises(ValueError, match="no loop"):
         measure(plain, tokens, [probe], reference=4)
@@ -165,8 +190,8 @@ def test_an_architecture_without_patterns_says_so() -> None:
     model = wrapped()
 
     class Blind(Recorder):
-        def wants(self, hook: str, firing: Firing) -> bool:
-            return firing.index == 0
+        def wants(self, site: Site) -> bool:
+            return site.fired_before == 0
 
     probe = Blind("attn.hook_hidden_states")
     with pytest.raises(ValueError, match=r"never computes attn\.hook_hidden_states"):

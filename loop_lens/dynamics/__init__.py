@@ -1,11 +1,12 @@
 """Dynamics of the loop: where trajectories go, and how an iteration acts near them."""
 
-from loop_lens.dynamics.attention import AttentionSettling, attention_settling
-from loop_lens.dynamics.bound import AttentionBound, attention_bound
-from loop_lens.dynamics.convergence import Convergence, convergence
+from loop_lens.dynamics.attention import AttentionSettling, AttentionSettlingProbe, attention_settling
+from loop_lens.dynamics.bound import AttentionBound, AttentionBoundProbe, attention_bound
+from loop_lens.dynamics.converging import Convergence, ConvergenceProbe, convergence
 from loop_lens.dynamics.distances import jensen_shannon, total_variation
-from loop_lens.dynamics.extrapolation import Extrapolation, extrapolate
-from loop_lens.dynamics.limit_table import LimitTable, limit_table
+from loop_lens.dynamics.extrapolation import Extrapolation, ExtrapolationProbe, extrapolate
+from loop_lens.dynamics.geometry import StepGeometry, StepGeometryProbe, step_geometry
+from loop_lens.dynamics.limit_counts import LimitTable, LimitTableProbe, limit_table
 from loop_lens.dynamics.limits import (
     LIMIT_KINDS,
     LimitingBehaviour,
@@ -13,31 +14,39 @@ from loop_lens.dynamics.limits import (
     limiting_behaviour,
     limiting_behaviours,
 )
-from loop_lens.dynamics.local import StepGeometry, step_geometry
-from loop_lens.dynamics.pairs import FiringSimilarity, firing_similarity
-from loop_lens.dynamics.paths import PathIndependence, path_independence
+from loop_lens.dynamics.pairs import FiringSimilarity, FiringSimilarityProbe, firing_similarity
+from loop_lens.dynamics.paths import PathIndependence, PathIndependenceProbe, path_independence
+from loop_lens.dynamics.projection import Trajectories, TrajectoriesProbe, trajectories
 from loop_lens.dynamics.spectrum import (
     JacobianSpectrum,
     jacobian_spectrum,
     leading_singular_value,
     spectral_radius,
 )
-from loop_lens.dynamics.trajectories import Trajectories, trajectories
 
 __all__ = [
     "LIMIT_KINDS",
     "AttentionBound",
+    "AttentionBoundProbe",
     "AttentionSettling",
+    "AttentionSettlingProbe",
     "Convergence",
+    "ConvergenceProbe",
     "Extrapolation",
+    "ExtrapolationProbe",
     "FiringSimilarity",
+    "FiringSimilarityProbe",
     "JacobianSpectrum",
     "LimitTable",
+    "LimitTableProbe",
     "LimitingBehaviour",
     "LimitingBehaviours",
     "PathIndependence",
+    "PathIndependenceProbe",
     "StepGeometry",
+    "StepGeometryProbe",
     "Trajectories",
+    "TrajectoriesProbe",
     "attention_bound",
     "attention_settling",
     "convergence",

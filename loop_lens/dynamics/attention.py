@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,15 +19,15 @@ from loop_lens.dynamics.distances import (
     require_two_tokens,
     total_variation,
 )
+from loop_lens.dynamics.states import LoopProbe, layer_of
 from loop_lens.figures.canvas import new_figure
 from loop_lens.figures.heatmap import draw_heatmap
 from loop_lens.measuring.moments import Collector, Measured, Moments
-from loop_lens.measuring.probe import Ends
 from loop_lens.measuring.processes import shared
 from loop_lens.measuring.results import require_alike
 from loop_lens.measuring.run import measure
 from loop_lens.prompts.reader import Batch
-from loop_lens.unrolling.sites import Firing
+from loop_lens.unrolling.sites import Site
 from loop_lens.unrolling.tree import Iteration
 
 Of = Literal["step", "distance"]
@@ -212,7 +212,7 @@ def by_head(moments: Moments, names: Sequence[str]) -> Moments:
     return Moments({**moments.axes, "head": tuple(range(heads))}, tuple(names), *sums)
 
 
-class SettlingProbe:
+class AttentionSettlingProbe(LoopProbe):
     """Measures `AttentionSettling` in a run of `loop_lens.measuring.measure`.
 
     Args:
@@ -227,7 +227,7 @@ class SettlingProbe:
         ValueError: If the loop runs once only, or a metric is unknown.
     """
 
-    hooks: tuple[str, ...] = ("pattern",)
+    hooks = ("pattern",)
 
     def __init__(
         self,
@@ -242,53 +242,43 @@ class SettlingProbe:
         self.metrics = tuple(metrics)
         require_distances(self.metrics)
         require_distances((metric,), self.metrics)
-        schedule = model.schedule
-        self.segment = segment or schedule.innermost_loop
-        schedule.require_segment(self.segment)
-        iterations = schedule.iterations(self.segment)
-        if len(iterations) < 2:
-            raise ValueError("settling needs at least two iterations: set_recurrences(2) or more")
+        super().__init__(model, segment=segment, least=2, what="settling")
         self.reference, self.tolerance, self.metric = reference, tolerance, metric
         self._eps = torch.finfo(next(model.original_model.parameters()).dtype).eps
-        self._at: dict[Iteration, int] = {t: i for i, t in enumerate(iterations)}
-        self._heads, self._layers = int(model.cfg.n_heads), schedule.segments[self.segment]
+        self._heads = int(model.cfg.n_heads)
         self.names = ["norm", *(f"{metric}_step" for metric in self.metrics)]
         if reference:
             self.names += [f"{metric}_distance" for metric in self.metrics]
         self._collector = Collector(
             # One cell takes all heads at once: head by head would cost a call for each.
             [f"{name}.{head}" for name in self.names for head in range(self._heads)],
-            {"iteration": iterations, "layer": range(self._layers)},
+            {"iteration": self.iterations, "layer": range(self.n_layers)},
         )
-        self._settled = torch.zeros(len(iterations), self._layers, self._heads, dtype=torch.float64)
+        self._settled = torch.zeros(len(self.iterations), self.n_layers, self._heads, dtype=torch.float64)
         self._prompts = 0
         self._before: dict[int, Tensor] = {}
-        self._ends: dict[int, Tensor] = {}
+        self._reference: dict[int, Tensor] = {}
 
-    def wants(self, hook: str, firing: Firing) -> bool:
-        """The loop's own blocks."""
-        return firing.segment == self.segment
-
-    def begin(self, batch: Batch, ends: Ends) -> None:
+    def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
         """Start a batch."""
         require_two_tokens(batch.lengths, batch.index)
         n, device = len(batch.tokens), batch.tokens.device
         self._mask = batch.mask
         self._collector.begin(n, device)
         self._before = {}
-        self._ends = {k: v for (h, s, k), v in ends.items() if h == "pattern" and s == self.segment}
-        self._moved = torch.zeros(self._layers, self._heads, n, device=device)
+        self._reference = {layer_of(site): value for site, value in reference.items()}
+        self._moved = torch.zeros(self.n_layers, self._heads, n, device=device)
 
-    def see(self, hook: str, firing: Firing, value: Tensor) -> None:
+    def see(self, site: Site, value: Tensor) -> None:
         """Compare with the iteration before, and with the reference."""
-        i, layer = self._at[firing.iteration], firing.layer
+        i, layer = self._row[site.iteration], layer_of(site)
         self._put("norm", (i, layer), value.float().norm(dim=-1), whole=True)
         before = self._before.get(layer)
         if before is not None:
             self._compare("step", (i, layer), value, before)
         self._before[layer] = value
-        if layer in self._ends:
-            self._compare("distance", (i, layer), value, self._ends[layer])
+        if layer in self._reference:
+            self._compare("distance", (i, layer), value, self._reference[layer])
 
     def _compare(self, of: str, cell: tuple[int, int], value: Tensor, other: Tensor) -> None:
         for metric in self.metrics:
@@ -316,9 +306,9 @@ class SettlingProbe:
 
     def end(self) -> None:
         """Add the batch up."""
-        self._before, self._ends = {}, {}
+        self._before, self._reference = {}, {}
         self._collector.end()
-        last = len(self._at) - 1
+        last = len(self.iterations) - 1
         moved = self._moved.cpu()
         for i in range(last + 1):
             self._settled[i] += ((moved <= i) & (moved < last)).sum(-1)
@@ -378,7 +368,7 @@ def attention_settling(
     Source:
         The steps and distances in Frobenius norm are M3 and M6 of arXiv 2604.11791, here by head.
     """
-    probe = SettlingProbe(
+    probe = AttentionSettlingProbe(
         model, reference=reference, tolerance=tolerance, metric=metric, metrics=metrics, segment=segment
     )
     measure(

@@ -24,6 +24,7 @@ where queries and keys live in different halves of the turned planes, W_Q W_K^T 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,14 +36,14 @@ from torch import Tensor
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics.attention import by_head
 from loop_lens.dynamics.distances import frobenius_rows, require_two_tokens, total_variation
+from loop_lens.dynamics.states import LoopProbe, layer_of
 from loop_lens.figures.lines import line_figure
 from loop_lens.measuring.moments import Collector, Measured, Moments
-from loop_lens.measuring.probe import Ends
 from loop_lens.measuring.processes import shared
 from loop_lens.measuring.results import require_alike
 from loop_lens.measuring.run import measure
 from loop_lens.prompts.reader import Batch
-from loop_lens.unrolling.sites import Firing
+from loop_lens.unrolling.sites import Site
 from loop_lens.unrolling.tree import Iteration
 
 LIPSCHITZ = 0.5
@@ -116,7 +117,7 @@ class AttentionBound(Measured):
         )
 
 
-class BoundProbe:
+class AttentionBoundProbe(LoopProbe):
     """Measures `AttentionBound` in a run of `loop_lens.measuring.measure`.
 
     Args:
@@ -127,17 +128,11 @@ class BoundProbe:
         ValueError: If the loop runs once only, or the bound does not apply to this attention.
     """
 
-    hooks: tuple[str, ...] = ("attn.hook_in", "pattern")
+    hooks = ("attn.hook_in", "pattern")
 
     def __init__(self, model: HookedLoopedTransformer, *, segment: str | None = None) -> None:
-        schedule = model.schedule
-        self.segment = segment or schedule.innermost_loop
-        schedule.require_segment(self.segment)
-        iterations = schedule.iterations(self.segment)
-        if len(iterations) < 2:
-            raise ValueError("the bound needs at least two iterations: set_recurrences(2) or more")
-        self._at: dict[Iteration, int] = {t: i for i, t in enumerate(iterations)}
-        first = [f for f in schedule if f.segment == self.segment and f.iteration == iterations[0]]
+        super().__init__(model, segment=segment, least=2, what="the bound")
+        first = [f for f in model.schedule if f.segment == self.segment and f.iteration == self.iterations[0]]
         self._attentions: list[Any] = [getattr(model.blocks[f.index], "attn", None) for f in first]
         self.rotary = getattr(model.cfg, "positional_embedding_type", None) not in _UNTURNED
         kappas = [head_norms(attention) for attention in self._attentions]
@@ -155,33 +150,29 @@ class BoundProbe:
         self._heads = self.kappa.shape[1]
         self._collector = Collector(
             [f"{name}.{head}" for name in _METRICS for head in range(self._heads)],
-            {"iteration": iterations, "layer": range(len(first))},
+            {"iteration": self.iterations, "layer": range(self.n_layers)},
         )
-        shape = (len(iterations), len(first), self._heads)
+        shape = (len(self.iterations), self.n_layers, self._heads)
         self.worst = {name: torch.full(shape, float("nan"), dtype=torch.float64) for name in RATIOS}
         self._inputs: dict[int, Tensor] = {}
         self._before: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def wants(self, hook: str, firing: Firing) -> bool:
-        """The loop's own blocks."""
-        return firing.segment == self.segment
-
-    def begin(self, batch: Batch, ends: Ends) -> None:
+    def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
         """Start a batch."""
         require_two_tokens(batch.lengths, batch.index)
         self._mask = batch.mask
         self._collector.begin(len(batch.tokens), batch.tokens.device)
         self._inputs, self._before = {}, {}
 
-    def see(self, hook: str, firing: Firing, value: Tensor) -> None:
+    def see(self, site: Site, value: Tensor) -> None:
         """Note the input; at the pattern, compare with the iteration before."""
-        layer = firing.layer
-        if hook != "pattern":
+        layer = layer_of(site)
+        if site.short != "pattern":
             self._inputs[layer] = value.float().masked_fill(~self._mask.unsqueeze(-1), 0.0)
             return
         x = self._inputs.pop(layer)
         sizes = self._sizes(x, self._constant[layer])
-        cell = (self._at[firing.iteration], layer)
+        cell = (self._row[site.iteration], layer)
         self._collector.put(slice(0, self._heads), cell, sizes[1].expand(self._heads, -1).unsqueeze(-1))
         before = self._before.get(layer)
         if before is not None:
@@ -349,6 +340,6 @@ def attention_bound(
         arXiv 2604.11791, Proposition 4.2, which is stated for X the stream and does not treat norms, rotary
         embeddings or biases; these are added here.
     """
-    probe = BoundProbe(model, segment=segment)
+    probe = AttentionBoundProbe(model, segment=segment)
     measure(model, prompts, [probe], batch_size=batch_size, progress=progress, what="attention bound")
     return shared(probe.result())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,21 +10,21 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from loop_lens.bridge.model import HookedLoopedTransformer
-from loop_lens.dynamics.convergence import Convergence, ConvergenceProbe
+from loop_lens.dynamics.converging import Convergence, ConvergenceProbe
 from loop_lens.figures.canvas import new_figure
 from loop_lens.figures.lines import draw_band
 from loop_lens.lenses.readers import coda_start, is_normed, read_stream, run_coda
 from loop_lens.lenses.readout import CHUNK
 from loop_lens.measuring.moments import Collector, DivergedError, Measured, Moments
-from loop_lens.measuring.probe import Ends
+from loop_lens.measuring.probe import Probe
 from loop_lens.measuring.processes import shared
 from loop_lens.measuring.results import require_alike
-from loop_lens.measuring.run import measure
-from loop_lens.prompts.reader import Batch, batches_of
-from loop_lens.unrolling.sites import Firing, Site
+from loop_lens.measuring.run import batches_shown, measure
+from loop_lens.prompts.reader import Batch
+from loop_lens.unrolling.sites import Site
+from loop_lens.unrolling.tree import Iteration
 
 SAID = ("loss", "accuracy", "kl", "entropy", "agreement")
 RECURRENCES = (1, 2, 4, 8, 16, 32, 64)
@@ -92,17 +92,17 @@ class Extrapolation(Measured):
         return figure
 
 
-class SpeechProbe:
-    """Measures `Extrapolation` in a run of `loop_lens.measuring.measure`, under `listening`.
+class ExtrapolationProbe(Probe):
+    """Measures what `Extrapolation` says, in a run of `loop_lens.measuring.measure`.
 
     Args:
-        model: The model.
+        model: The model, at the largest R or the reference, whichever is more.
         recurrences: Which R, in order.
         trained: The reference.
         labels: As in `extrapolate`.
     """
 
-    hooks: tuple[str, ...] = ("resid_post",)
+    hooks = ("state_out",)
 
     def __init__(
         self, model: HookedLoopedTransformer, recurrences: Sequence[int], trained: int, labels: Any = None
@@ -110,15 +110,16 @@ class SpeechProbe:
         self._model, self._labels, self.trained = model, labels, trained
         self._at = {r: i for i, r in enumerate(recurrences)}
         self._collector = Collector(SAID, {"recurrences": recurrences})
-        self._last = max(b.last for b in model.schedule.boundaries if b.segment == model.schedule.main_loop)
+        self._loop = model.schedule.main_loop
+        self._after: dict[Iteration, int] = {r - 1: r for r in (*recurrences, trained)}
         self._pending: list[tuple[int, Tensor, Site]] = []
         self._reference: Tensor | None = None
 
-    def wants(self, hook: str, firing: Firing) -> bool:
-        """The loop's last firing, so that the run does not end before it."""
-        return firing.index == self._last
+    def wants(self, site: Site) -> bool:
+        """The states after some numbers of iterations."""
+        return site.segment == self._loop and site.iteration in self._after
 
-    def begin(self, batch: Batch, ends: Ends) -> None:
+    def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
         """Start a batch."""
         self._batch = batch
         self._right = _labels_of(batch, self._labels)
@@ -126,23 +127,21 @@ class SpeechProbe:
         self._collector.begin(len(batch.tokens), batch.tokens.device)
         self._pending, self._reference = [], None
 
-    def see(self, hook: str, firing: Firing, value: Tensor) -> None:
-        """Nothing: states are read between blocks."""
-
-    def hear(self, recurrences: int, state: Tensor, at: Site) -> None:
-        """Take the state after so many iterations, and read it out when the reference is known.
+    def see(self, site: Site, value: Tensor) -> None:
+        """Take a state, and read it out when the reference is known.
 
         States before the reference wait for it: they are small, their logits are not.
         """
+        recurrences = self._after[site.iteration]
         if recurrences == self.trained:
-            self.say(recurrences, self._read(state, at))
+            self.compare(recurrences, self._read(value, site))
             for earlier, kept, where in self._pending:
-                self.say(earlier, self._read(kept, where))
+                self.compare(earlier, self._read(kept, where))
             self._pending = []
         elif self._reference is None:
-            self._pending.append((recurrences, state.clone(), at))
+            self._pending.append((recurrences, value.clone(), site))
         else:
-            self.say(recurrences, self._read(state, at))
+            self.compare(recurrences, self._read(value, site))
 
     def _read(self, state: Tensor, at: Site) -> Float[Tensor, "token vocab"]:
         """Logits of the labelled positions, by the model's own end."""
@@ -152,7 +151,7 @@ class SpeechProbe:
         ended = self._model.body.enter_coda(state)[self.mask]
         return read_stream(self._model, ended, normed=is_normed(self._model, at))
 
-    def say(self, recurrences: int, said: Float[Tensor, "token vocab"]) -> None:
+    def compare(self, recurrences: int, said: Float[Tensor, "token vocab"]) -> None:
         """Compare what is said at the labelled positions; the reference comes first."""
         if recurrences == self.trained:
             self._reference = said.float().log_softmax(-1)
@@ -240,20 +239,6 @@ def reads_any_iteration(model: HookedLoopedTransformer) -> bool:
     return not model.body.depends_on_times
 
 
-def _listen(
-    model: HookedLoopedTransformer, probe: SpeechProbe, recurrences: Sequence[int]
-) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Hooks that let a probe hear the states after some numbers of iterations."""
-    loop = model.schedule.main_loop
-    for r in recurrences:
-        at = model.locate(f"{loop}.{r - 1}.hook_state_out")
-
-        def hook(state: Tensor, hook: Any, r: int = r, at: Site = at) -> None:
-            probe.hear(r, state, at)
-
-        yield at.flat, hook
-
-
 @torch.no_grad()
 def extrapolate(
     model: HookedLoopedTransformer,
@@ -301,48 +286,39 @@ def extrapolate(
         raise ValueError(f"recurrences={tuple(recurrences)} shows no trend: give at least one R of 2 or more")
     trained = model.recurrences if trained is None else trained
     every = sorted({*wanted, trained})
-    probe = SpeechProbe(model, wanted, trained, labels)
+    probe = ExtrapolationProbe(model, wanted, trained, labels)
     if not reads_any_iteration(model):
         _run_each(model, prompts, probe, [trained, *(r for r in every if r != trained)], batch_size, progress)
         return shared(Extrapolation(trained, probe.moments(), None))
     with model.at_recurrences(every[-1]):
-        probe = SpeechProbe(model, wanted, trained, labels)
+        probe = ExtrapolationProbe(model, wanted, trained, labels)
         loop = model.schedule.main_loop
         segment = loop if loop in model.schedule.segments else None
         moves = ConvergenceProbe(model, patterns=False, segment=segment)
-        with model.hooks(fwd_hooks=list(_listen(model, probe, every))):
-            measure(
-                model,
-                prompts,
-                [moves, probe],  # in this order, so that the iteration that diverged is named
-                batch_size=batch_size,
-                progress=progress,
-                what="extrapolation",
-            )
+        measure(
+            model,
+            prompts,
+            [moves, probe],  # in this order, so that the iteration that diverged is named
+            batch_size=batch_size,
+            progress=progress,
+            what="extrapolation",
+        )
     return shared(Extrapolation(trained, probe.moments(), moves.result()))
 
 
 def _run_each(
     model: HookedLoopedTransformer,
     prompts: Any,
-    probe: SpeechProbe,
+    probe: ExtrapolationProbe,
     recurrences: Sequence[int],
     batch_size: int,
     progress: bool,
 ) -> None:
     """One forward per batch and R, the reference first."""
-    total = -(-len(prompts) // batch_size) if isinstance(prompts, Sequence | Tensor) else None
-    for batch in tqdm(
-        batches_of(model, prompts, batch_size),
-        total=total,
-        desc="extrapolation",
-        delay=2,
-        disable=not progress,
-        leave=False,
-    ):
+    for batch in batches_shown(model, prompts, batch_size, progress=progress, what="extrapolation"):
         probe.begin(batch, {})
         for r in recurrences:
             with model.at_recurrences(r):
                 logits: Any = model(batch.tokens)
-            probe.say(r, logits[probe.mask])
+            probe.compare(r, logits[probe.mask])
         probe.end()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,13 +15,13 @@ from transformer_lens.model_bridge import TransformerBridge
 from loop_lens.dynamics.distances import DISTANCES, jensen_shannon, require_distances, require_two_tokens
 from loop_lens.figures.canvas import new_figure, spaced
 from loop_lens.measuring.moments import DivergedError, Moments, Over
-from loop_lens.measuring.probe import Ends
+from loop_lens.measuring.probe import Probe
 from loop_lens.measuring.processes import shared
 from loop_lens.measuring.results import Result, require_alike
 from loop_lens.measuring.run import measure, schedule_of
 from loop_lens.prompts.reader import Batch
 from loop_lens.unrolling.schedule import Schedule
-from loop_lens.unrolling.sites import Firing, pick
+from loop_lens.unrolling.sites import Boundary, Firing, Site, pick
 from loop_lens.unrolling.tree import Iteration
 
 PAIRS = (*DISTANCES, "cosine")
@@ -167,7 +167,7 @@ class _Sums:
         return Moments(self.axes, self.metrics, *self.sums.clone())
 
 
-class PairProbe:
+class FiringSimilarityProbe(Probe):
     """Measures `FiringSimilarity` in a run of `loop_lens.measuring.measure`.
 
     Args:
@@ -202,7 +202,7 @@ class PairProbe:
             *(("pattern",) if self._distances else ()),
             *(("resid_post",) if "cosine" in metrics else ()),
         )
-        self._places = {firing.index: i for i, firing in enumerate(self.firings)}
+        self._places: dict[Firing | Boundary, int] = {firing: i for i, firing in enumerate(self.firings)}
         self._kept: dict[tuple[str, int], Tensor] = {}
         depths = tuple(firing.index for firing in self.firings)
         pairs: dict[str, tuple[Any, ...]] = {"depth": depths, "other": depths}
@@ -211,20 +211,20 @@ class PairProbe:
         self._attention = _Sums(self._distances, {**heads, **pairs}) if self._distances else None
         self._residual = _Sums(("cosine",), pairs) if "cosine" in metrics else None
 
-    def wants(self, hook: str, firing: Firing) -> bool:
+    def wants(self, site: Site) -> bool:
         """The chosen firings."""
-        return firing.index in self._places
+        return site.place in self._places
 
-    def begin(self, batch: Batch, ends: Ends) -> None:
+    def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
         """Start a batch."""
         if self._distances:
             require_two_tokens(batch.lengths, batch.index)
         self._lengths: list[int] = batch.lengths.tolist()
         self._kept = {}
 
-    def see(self, hook: str, firing: Firing, value: Tensor) -> None:
+    def see(self, site: Site, value: Tensor) -> None:
         """Keep it until the batch is over."""
-        self._kept[hook, self._places[firing.index]] = value
+        self._kept[site.short, self._places[site.place]] = value
 
     def end(self) -> None:
         """Compare all pairs, prompt by prompt, without its padding."""
@@ -357,7 +357,7 @@ def firing_similarity(
     Source:
         arXiv 2604.11791, M7 and M8 (figures 2 and 19 to 21); the other two distances are additions.
     """
-    probe = PairProbe(
+    probe = FiringSimilarityProbe(
         model, segment=segment, iteration=iteration, layer=layer, metrics=metrics, per_head=per_head
     )
     measure(model, prompts, [probe], batch_size=batch_size, progress=progress, what="pairs")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,15 +12,17 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from loop_lens.bridge.model import HookedLoopedTransformer
-from loop_lens.dynamics.states import StateProbe
+from loop_lens.bridge.names import find_sites
+from loop_lens.dynamics.states import LoopProbe
 from loop_lens.figures.lines import line_figure
 from loop_lens.measuring.moments import Collector, Moments
 from loop_lens.measuring.processes import shared
 from loop_lens.measuring.results import Result, require_alike
-from loop_lens.prompts.reader import Batch, batches_of, device_of, read_prompts
+from loop_lens.measuring.run import Hook, measure, values_at
+from loop_lens.prompts.reader import Batch, device_of, read_prompts
+from loop_lens.unrolling.sites import Site
 from loop_lens.unrolling.tree import Iteration
 
 PAIR = ("cosine", "distance", "relative_distance")
@@ -122,78 +124,105 @@ def path_independence(
         Asymptotic alignment: arXiv 2211.09961, the cosine between the states reached from the usual initial
         state and from another input's fixed point; seeds, distances and earlier iterations are additions.
     """
-    probe = StateProbe(model, segment=segment, least=1, what="path independence")
-    loop = probe.segment
-    entry = model.name("state_in", iteration=probe.iterations[0], segment=loop)
-    exits = model.names("state_out", segment=loop)
-    first, last = _span(model, loop)
-    seeds, given = _requested(model, 3 if starts is None and others is None else starts)
-    ended = (
-        []
-        if others is None
-        else [_end(model, tokens, exits[-1], last) for tokens in read_prompts(model, others)]
-    )
-    labels = (
-        "own",
-        *(f"seed {seed}" for seed in seeds),
-        *(f"given {k}" for k in range(len(given))),
-        *(f"prompt {k}" for k in range(len(ended))),
-    )
-    if len(labels) < 2:
-        raise ValueError(
-            "there is nothing to compare the model's own initial state with: give starts or others"
+    probe = PathIndependenceProbe(model, starts=starts, others=others, segment=segment)
+    with _started(model, 0):  # what it draws is replaced, but a given state would not fit the rows
+        measure(
+            model,
+            prompts,
+            [probe],
+            rows=probe.rows,
+            batch_size=batch_size,
+            progress=progress,
+            what="path independence",
         )
-    pairs = list(itertools.combinations(range(len(labels)), 2))
-    names = [f"{labels[a]} / {labels[b]}" for a, b in pairs]
-    collector = Collector(PAIR, {"iteration": probe.iterations, "pair": names})
-    places = _Places(probe.iterations)
-    bar = tqdm(desc="path independence", unit="batch", delay=2, disable=not progress, leave=False)
-    with bar, torch.no_grad():
-        for batch in batches_of(model, prompts, batch_size):
-            own = [_start(model, batch, entry, first, seed) for seed in (None, *seeds)]
-            named = zip(labels[len(own) :], [*given, *ended], strict=True)
-            begun = torch.stack([*own, *(_fitted(state, batch, label) for label, state in named)])
-            _compare(model, batch, begun, entry, exits, last, pairs, collector, places)
-            bar.update()
-    return shared(PathIndependence(loop, labels, collector.moments(), places.moments()))
+    return shared(probe.result())
 
 
-def _compare(
-    model: HookedLoopedTransformer,
-    batch: Batch,
-    begun: Tensor,
-    entry: str,
-    exits: list[str],
-    last: int | None,
-    pairs: list[tuple[int, int]],
-    collector: Collector,
-    places: _Places,
-) -> None:
-    """Run a batch from all initial states [start prompt pos d_model] at once."""
-    n, mask = len(begun), batch.mask
-    collector.begin(len(batch.tokens), batch.tokens.device)
+class PathIndependenceProbe(LoopProbe):
+    """Measures `PathIndependence` in a run of `loop_lens.measuring.measure` with the probe's own ``rows``.
 
-    def leave(value: Tensor, hook: Any, i: int = 0) -> None:
-        states = value.float().unflatten(0, (n, -1))
+    Args:
+        model: The model, at the number of iterations to measure.
+        starts: As in `path_independence`.
+        others: As in `path_independence`.
+        segment: The loop; the innermost by default.
+
+    Raises:
+        ValueError: If there are no further initial states, or the model has no noise to seed.
+    """
+
+    hooks = ("state_out",)
+
+    def __init__(
+        self,
+        model: HookedLoopedTransformer,
+        *,
+        starts: int | Sequence[int] | Tensor | None = None,
+        others: Any = None,
+        segment: str | None = None,
+    ) -> None:
+        super().__init__(model, segment=segment, least=1, what="path independence")
+        self._model = model
+        self._entry = find_sites(model, "state_in", segment=self.segment)[0]
+        exit_ = find_sites(model, "state_out", segment=self.segment)[-1]
+        seeds, given = _requested(model, 3 if starts is None and others is None else starts)
+        reached = [
+            values_at(model, tokens[None].to(device_of(model)), [exit_])[exit_][0]
+            for tokens in ([] if others is None else read_prompts(model, others))
+        ]
+        self._drawn = (model.initial_state, *seeds)
+        self._given = {f"given {k}": state for k, state in enumerate(given)}
+        self._given |= {f"prompt {k}": state for k, state in enumerate(reached)}
+        self.starts = ("own", *(f"seed {seed}" for seed in seeds), *self._given)
+        if len(self.starts) < 2:
+            raise ValueError(
+                "there is nothing to compare the model's own initial state with: give starts or others"
+            )
+        self._pairs = list(itertools.combinations(range(len(self.starts)), 2))
+        names = [f"{self.starts[a]} / {self.starts[b]}" for a, b in self._pairs]
+        self._collector = Collector(PAIR, {"iteration": self.iterations, "pair": names})
+        self._places = _Places(self.iterations)
+
+    def rows(self, batch: Batch) -> tuple[Tensor, list[Hook]]:
+        """Each prompt once per initial state [start * prompt pos], and the hook that puts the states in."""
+        states: list[Tensor] = []
+        for drawn in self._drawn:
+            with _started(self._model, drawn):
+                states.append(values_at(self._model, batch.tokens, [self._entry])[self._entry])
+        states += [_fitted(state, batch, label) for label, state in self._given.items()]
+        entering = torch.cat(states)
+        rows = batch.tokens.repeat(len(states), 1)
+        return rows, [(self._entry.flat, lambda value, hook: entering.to(value))]
+
+    def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
+        """Start a batch."""
+        self._mask = batch.mask
+        self._collector.begin(len(batch.tokens), batch.tokens.device)
+
+    def see(self, site: Site, value: Tensor) -> None:
+        """Compare the states of all pairs of starts."""
+        i = self._row[site.iteration]
+        states = value.float().unflatten(0, (len(self.starts), -1))
         norms = states.norm(dim=-1)
         cosines: list[Tensor] = []
         distances: list[Tensor] = []
-        for k, (a, b) in enumerate(pairs):
+        for k, (a, b) in enumerate(self._pairs):
             apart = (states[a] - states[b]).norm(dim=-1)
             cosine = torch.linalg.vecdot(states[a], states[b]) / (norms[a] * norms[b]).clamp_min(_TINY)
             relative = 2 * apart / (norms[a] + norms[b]).clamp_min(_TINY)
-            collector.put(slice(0, 3), (i, k), torch.stack([cosine, apart, relative]), mask)
+            self._collector.put(slice(0, 3), (i, k), torch.stack([cosine, apart, relative]), self._mask)
             cosines.append(cosine)
             distances.append(apart)
         c, d = torch.stack(cosines), torch.stack(distances)
-        places.add(i, torch.stack([c.mean(0), c.amin(0), d.mean(0), d.amax(0)]), mask)
+        self._places.add(i, torch.stack([c.mean(0), c.amin(0), d.mean(0), d.amax(0)]), self._mask)
 
-    hooks: list[Any] = [(entry, lambda value, hook: begun.flatten(0, 1).to(value))]
-    for i, name in enumerate(exits):
-        hooks.append((name, lambda value, hook, i=i: leave(value, hook, i)))
-    with _noise_of(model, 0):  # what it draws is replaced, but a given state would not fit the rows
-        model.run_with_hooks(batch.tokens.repeat(n, 1), fwd_hooks=hooks, return_type=None, stop_at_layer=last)
-    collector.end()
+    def end(self) -> None:
+        """Add the batch up."""
+        self._collector.end()
+
+    def result(self) -> PathIndependence:
+        """What was measured so far, by this process."""
+        return PathIndependence(self.segment, self.starts, self._collector.moments(), self._places.moments())
 
 
 class _Places:
@@ -226,13 +255,6 @@ def _padded(moments: Moments, length: int) -> Moments:
     return replace(moments, axes={**moments.axes, "position": tuple(range(length))}, **grown)
 
 
-def _span(model: HookedLoopedTransformer, segment: str) -> tuple[int, int | None]:
-    """The loop's first firing, and the first one behind it (None at the model's end)."""
-    own = [b for b in model.schedule.boundaries if b.segment == segment]
-    behind = own[-1].last + 1
-    return own[0].first, behind if behind < len(model.schedule) else None
-
-
 def _requested(
     model: HookedLoopedTransformer, starts: int | Sequence[int] | Tensor | None
 ) -> tuple[list[int], list[Tensor]]:
@@ -253,47 +275,17 @@ def _requested(
 
 
 @contextmanager
-def _noise_of(model: HookedLoopedTransformer, seed: int | None) -> Generator[None, None, None]:
-    """Start from a seed's noise, where the model has noise; from its own state with None."""
+def _started(model: HookedLoopedTransformer, state: Any) -> Generator[None, None, None]:
+    """Start from another initial state, where the model leaves the choice."""
     own = model.initial_state
-    if seed is None or own is None:
+    if own is None:
         yield
         return
-    model.initial_state = seed
+    model.initial_state = state
     try:
         yield
     finally:
         model.initial_state = own
-
-
-def _start(
-    model: HookedLoopedTransformer, batch: Batch, entry: str, first: int, seed: int | None
-) -> Float[Tensor, "prompt pos d_model"]:
-    """The state that enters the loop."""
-    seen: list[Tensor] = []
-    with _noise_of(model, seed):
-        model.run_with_hooks(
-            batch.tokens,
-            fwd_hooks=[(entry, lambda value, hook: seen.append(value))],
-            return_type=None,
-            stop_at_layer=first + 1 if first + 1 < len(model.schedule) else None,
-        )
-    return seen[0]
-
-
-@torch.no_grad()
-def _end(
-    model: HookedLoopedTransformer, tokens: Tensor, name: str, last: int | None
-) -> Float[Tensor, "pos d_model"]:
-    """The state in which a prompt's own run ends."""
-    seen: list[Tensor] = []
-    model.run_with_hooks(
-        tokens[None].to(device_of(model)),
-        fwd_hooks=[(name, lambda value, hook: seen.append(value[0]))],
-        return_type=None,
-        stop_at_layer=last,
-    )
-    return seen[0]
 
 
 def _fitted(state: Tensor, batch: Batch, label: str) -> Float[Tensor, "prompt pos d_model"]:

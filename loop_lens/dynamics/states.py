@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
 
 import pandas as pd
 from torch import Tensor
 
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.measuring.moments import DivergedError
-from loop_lens.measuring.probe import Ends
-from loop_lens.measuring.run import measure
+from loop_lens.measuring.probe import Probe
 from loop_lens.prompts.reader import Batch
-from loop_lens.unrolling.sites import Firing
+from loop_lens.unrolling.sites import Site
 from loop_lens.unrolling.tree import Iteration
 
 STATE = "state"
@@ -22,11 +19,8 @@ STATE = "state"
 Column = int | str
 
 
-class StateProbe:
-    """Sees, in a run of `loop_lens.measuring.measure`, the outputs of a loop's blocks and its state.
-
-    The state leaves an iteration behind the loop's norm, where there is one, so it may differ from the last
-    layer's output. Subclasses say in `take` what they do with them.
+class LoopProbe(Probe):
+    """Base of probes of one loop's iterations.
 
     Args:
         model: The model, at the number of iterations to measure.
@@ -38,11 +32,8 @@ class StateProbe:
         ValueError: If the segment does not loop, or runs fewer iterations.
     """
 
-    hooks: tuple[str, ...] = ("resid_post",)
-
     def __init__(self, model: HookedLoopedTransformer, *, segment: str | None, least: int, what: str) -> None:
         schedule = model.schedule
-        self.model = model
         self.segment = segment or schedule.innermost_loop
         schedule.require_segment(self.segment)
         if self.segment not in schedule.loops:
@@ -57,49 +48,47 @@ class StateProbe:
                 f"set_recurrences({least}) or more"
             )
         self.n_layers = schedule.segments.get(self.segment, 0)
+        self._row: dict[Iteration, int] = {t: i for i, t in enumerate(self.iterations)}
+
+    def wants(self, site: Site) -> bool:
+        """The loop's own sites."""
+        return site.segment == self.segment
+
+
+def layer_of(site: Site) -> int:
+    """The layer of a site within a block."""
+    assert site.layer is not None, f"{site.name} lies between blocks"
+    return site.layer
+
+
+class StateProbe(LoopProbe):
+    """Base of probes that see the outputs of a loop's blocks, and the state between iterations.
+
+    The state leaves an iteration behind the loop's norm, where there is one, so it may differ from the last
+    layer's output. Subclasses say in `take` what they do with them.
+    """
+
+    hooks = ("resid_post", "state_out")
+
+    def __init__(self, model: HookedLoopedTransformer, *, segment: str | None, least: int, what: str) -> None:
+        super().__init__(model, segment=segment, least=least, what=what)
         self.columns: tuple[Column, ...] = (*range(self.n_layers), STATE)
-        self._at: dict[Iteration, int] = {t: i for i, t in enumerate(self.iterations)}
-        self._running = False
 
-    def wants(self, hook: str, firing: Firing) -> bool:
-        """The loop's own blocks."""
-        return firing.segment == self.segment
-
-    def begin(self, batch: Batch, ends: Ends) -> None:
+    def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
         """Start a batch."""
-        self.mask, self._running = batch.mask, True
+        self.mask = batch.mask
 
-    def see(self, hook: str, firing: Firing, value: Tensor) -> None:
-        """A block's output."""
-        self.take(self._at[firing.iteration], firing.layer, value)
+    def column(self, site: Site) -> int:
+        """Where a site is among ``columns``."""
+        return self.n_layers if site.layer is None else site.layer
+
+    def see(self, site: Site, value: Tensor) -> None:
+        """A block's output, or the state."""
+        self.take(self._row[site.iteration], self.column(site), value)
 
     def take(self, i: int, column: int, value: Tensor) -> None:
         """What leaves a layer, or (at the last column) the iteration, [prompt pos d_model]."""
         raise NotImplementedError
-
-    def end(self) -> None:
-        """Finish a batch."""
-        self._running = False
-
-    @contextmanager
-    def listening(self) -> Generator[None, None, None]:
-        """Also see the states between iterations, which ``measure`` has no name for."""
-
-        def listener(i: int) -> Any:
-            def hear(value: Tensor, hook: Any) -> None:
-                if self._running:
-                    self.take(i, self.n_layers, value)
-
-            return hear
-
-        names = self.model.names("state_out", segment=self.segment)
-        with self.model.hooks(fwd_hooks=[(name, listener(i)) for i, name in enumerate(names)]):
-            yield
-
-    def run(self, prompts: Any, *, batch_size: int, progress: bool, what: str) -> None:
-        """Measure prompts."""
-        with self.listening():
-            measure(self.model, prompts, [self], batch_size=batch_size, progress=progress, what=what)
 
     def require_finite(self, finite: Tensor) -> None:
         """Raise `DivergedError` unless all values [iteration column] were finite; names the first."""

@@ -13,7 +13,9 @@ from torch import Tensor
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics import (
     AttentionSettling,
+    AttentionSettlingProbe,
     Convergence,
+    ConvergenceProbe,
     Extrapolation,
     FiringSimilarity,
     JacobianSpectrum,
@@ -27,8 +29,6 @@ from loop_lens.dynamics import (
     step_geometry,
     trajectories,
 )
-from loop_lens.dynamics.attention import SettlingProbe
-from loop_lens.dynamics.convergence import ConvergenceProbe
 from loop_lens.measuring.processes import shared
 from loop_lens.measuring.results import Result
 from loop_lens.measuring.run import measure
@@ -86,7 +86,8 @@ def measure_dynamics(
         progress: Whether to show progress bars.
     """
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    moves, heads = ConvergenceProbe(model, reference=reference), SettlingProbe(model, reference=reference)
+    moves = ConvergenceProbe(model, reference=reference)
+    heads = AttentionSettlingProbe(model, reference=reference)
     measure(model, prompts, [moves, heads], reference=reference, what="convergence", **options)
     few = list(prompts[:_FEW])
     schedule = model.schedule

@@ -1,12 +1,13 @@
 """Measuring while the model runs: probes, moments that merge, results on disk."""
 
-from loop_lens.measuring.moments import DivergedError, Measured, Moments
+from loop_lens.measuring.moments import Collector, DivergedError, Measured, Moments
 from loop_lens.measuring.probe import Probe
 from loop_lens.measuring.processes import shared
 from loop_lens.measuring.results import Result
 from loop_lens.measuring.run import measure
 
 __all__ = [
+    "Collector",
     "DivergedError",
     "Measured",
     "Moments",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,13 +10,13 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from loop_lens.measuring.moments import Collector, Moments
-from loop_lens.measuring.probe import Ends
+from loop_lens.measuring.probe import Probe
 from loop_lens.measuring.processes import shared
 from loop_lens.measuring.run import measure, schedule_of
 from loop_lens.prompts.reader import Batch
 from loop_lens.stages.mixing import attention_received, concentration_of, entropy_of, mixing_score, spectrum
 from loop_lens.stages.result import Stages
-from loop_lens.unrolling.sites import Firing
+from loop_lens.unrolling.sites import Site
 
 ATTENTION = ("concentration", "sink_rate", "mixing")
 STREAM = ("entropy", "relative_entropy", "anisotropy", "first_norm")
@@ -23,7 +24,7 @@ TOKENS = ("norm",)
 HEADS = ("concentration", "sink", "mixing")
 
 
-class StagesProbe:
+class StagesProbe(Probe):
     """Measures `Stages` in a run of `loop_lens.measuring.measure`.
 
     Args:
@@ -48,7 +49,7 @@ class StagesProbe:
             raise ValueError(
                 f"sink_token counts from the start of the prompt: give 0 or more, not {sink_token}"
             )
-        self.hooks: tuple[str, ...] = ("pattern", "resid_post") if patterns else ("resid_post",)
+        self.hooks = ("pattern", "resid_post") if patterns else ("resid_post",)
         self.tau, self.token = sink_tau, sink_token
         self._firings = tuple(schedule_of(model))
         self._n_heads = int(model.cfg.n_heads) if patterns else 0
@@ -61,11 +62,7 @@ class StagesProbe:
         self._tokens = slice(self._stream.stop, self._stream.stop + len(TOKENS))
         self._collector = Collector(names, {"firing": [firing.prefix for firing in self._firings]})
 
-    def wants(self, hook: str, firing: Firing) -> bool:
-        """Every block."""
-        return True
-
-    def begin(self, batch: Batch, ends: Ends) -> None:
+    def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
         """Start a batch.
 
         Raises:
@@ -90,12 +87,10 @@ class StagesProbe:
         self._later[:, 0] = False
         self._collector.begin(len(batch.tokens), batch.tokens.device)
 
-    def see(self, hook: str, firing: Firing, value: Tensor) -> None:
+    def see(self, site: Site, value: Tensor) -> None:
         """Summarise a pattern or a stream."""
-        if hook == "pattern":
-            self._see_pattern((firing.index,), value)
-        else:
-            self._see_stream((firing.index,), value)
+        summarise = self._see_pattern if site.short == "pattern" else self._see_stream
+        summarise((site.fired_before,), value)
 
     def _see_pattern(self, cell: tuple[int], pattern: Tensor) -> None:
         if pattern.shape[1] != self._n_heads:

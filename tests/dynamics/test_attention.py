@@ -165,7 +165,7 @@ def test_bad_requests() -> None:
         attention_settling(model, TEXTS, metrics=("cosine",))
     with pytest.raises(ValueError, match="metric 'tv' is unknown"):
         attention_settling(model, TEXTS, metrics=("js",))
-    with pytest.raises(ValueError, match="at least two iterations"), model.at_recurrences(1):
+    with pytest.raises(ValueError, match="at least 2 iterations"), model.at_recurrences(1):
         attention_settling(model, TEXTS)
     name = model.name("resid_pre", iteration=2, layer=1)
     with (

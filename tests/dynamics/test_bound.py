@@ -129,7 +129,7 @@ def test_where_it_does_not_apply_it_says_so() -> None:
     with pytest.raises(ValueError, match="has no W_Q and W_K"):
         head_norms(torch.nn.Linear(2, 2))
     model = wrapped(recurrences=4)
-    with pytest.raises(ValueError, match="at least two iterations"), model.at_recurrences(1):
+    with pytest.raises(ValueError, match="at least 2 iterations"), model.at_recurrences(1):
         attention_bound(model, TEXTS)
     with pytest.raises(ValueError, match="prompt 0 has one token"):
         attention_bound(model, torch.tensor([[1]]))

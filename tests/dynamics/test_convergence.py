@@ -119,7 +119,7 @@ def test_bad_requests() -> None:
         convergence(model, [])
     with pytest.raises(ValueError, match="before the end"):
         convergence(model, ["w1 w2"], reference=2)
-    with pytest.raises(ValueError, match="at least two iterations"), model.at_recurrences(1):
+    with pytest.raises(ValueError, match="at least 2 iterations"), model.at_recurrences(1):
         convergence(model, ["w1 w2"])
     found = convergence(model, ["w1 w2"])
     with pytest.raises(ValueError, match="metric 'speed' is unknown"):

@@ -13,8 +13,9 @@ import torch
 
 from loop_lens import HookedLoopedTransformer
 from loop_lens.dynamics import Trajectories, trajectories
-from loop_lens.dynamics.trajectories import Scatter, TrajectoryProbe
+from loop_lens.dynamics.projection import Scatter, TrajectoriesProbe
 from loop_lens.measuring.moments import DivergedError
+from loop_lens.measuring.run import measure
 from tests.dynamics.loops import loop_of, rotation, starting_at
 from tests.interventions.models import MODELS, opened, prompts, wrapped
 
@@ -117,8 +118,8 @@ def test_parts_that_processes_keep_merge_to_the_whole() -> None:
     texts = ["w1 w2 w3", "w4", "w6 w7 w8", "w9 w10 w11 w12"]
 
     def kept(index: slice) -> Any:
-        probe = TrajectoryProbe(model, over="tokens")
-        probe.run(texts[index], batch_size=2, progress=False, what="test")
+        probe = TrajectoriesProbe(model, over="tokens")
+        measure(model, texts[index], [probe], batch_size=2, progress=False)
         return probe.kept()
 
     whole, merged = kept(slice(None)), kept(slice(0, 2)).merge(kept(slice(2, 4)))

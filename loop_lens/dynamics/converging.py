@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,14 +11,14 @@ import torch
 from torch import Tensor
 
 from loop_lens.bridge.model import HookedLoopedTransformer
+from loop_lens.dynamics.states import LoopProbe, layer_of
 from loop_lens.figures.lines import line_figure
 from loop_lens.measuring.moments import Collector, Measured, Moments
-from loop_lens.measuring.probe import Ends
 from loop_lens.measuring.processes import shared
 from loop_lens.measuring.results import require_alike
 from loop_lens.measuring.run import measure
 from loop_lens.prompts.reader import Batch
-from loop_lens.unrolling.sites import Firing
+from loop_lens.unrolling.sites import Site
 from loop_lens.unrolling.tree import Iteration
 
 STREAM = ("norm", "floor")
@@ -83,7 +84,7 @@ class Convergence(Measured):
         )
 
 
-class ConvergenceProbe:
+class ConvergenceProbe(LoopProbe):
     """Measures `Convergence` in a run of `loop_lens.measuring.measure`.
 
     Args:
@@ -111,15 +112,9 @@ class ConvergenceProbe:
                 f"keep=True measures distances to the last iteration that runs: give reference="
                 f"{model.recurrences}, not {reference}"
             )
-        schedule = model.schedule
-        self.segment = segment or schedule.innermost_loop
-        schedule.require_segment(self.segment)
-        iterations = schedule.iterations(self.segment)
-        if len(iterations) < 2:
-            raise ValueError("convergence needs at least two iterations: set_recurrences(2) or more")
+        super().__init__(model, segment=segment, least=2, what="convergence")
         self.reference, self._keep = reference, keep
-        self.hooks: tuple[str, ...] = ("resid_post", "pattern") if patterns else ("resid_post",)
-        self._at: dict[Iteration, int] = {t: i for i, t in enumerate(iterations)}
+        self.hooks = ("resid_post", "pattern") if patterns else ("resid_post",)
         self._slices: dict[str, slice] = {}
         names: list[str] = []
         groups: list[tuple[str, tuple[str, ...]]] = [
@@ -140,48 +135,43 @@ class ConvergenceProbe:
         for group, metrics in groups:
             self._slices[group] = slice(len(names), len(names) + len(metrics))
             names += metrics
-        layers = range(schedule.segments[self.segment])
-        self._collector = Collector(names, {"iteration": iterations, "layer": layers})
+        axes = {"iteration": self.iterations, "layer": range(self.n_layers)}
+        self._collector = Collector(names, axes)
         self._before: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-        self._ends: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        self._reference: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._kept: list[tuple[str, tuple[int, int], Tensor, Tensor]] = []
 
-    def wants(self, hook: str, firing: Firing) -> bool:
-        """The loop's own blocks."""
-        return firing.segment == self.segment
-
-    def begin(self, batch: Batch, ends: Ends) -> None:
+    def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
         """Start a batch."""
         self._mask = batch.mask
         self._collector.begin(len(batch.tokens), batch.tokens.device)
         self._before = {}
-        self._ends = {}
-        for (hook, segment, layer), value in ends.items():
-            if segment == self.segment:
-                wide = value.float()
-                self._ends[hook, layer] = (wide, wide.norm(dim=-1))
+        self._reference = {}
+        for site, value in reference.items():
+            wide = value.float()
+            self._reference[site.short, layer_of(site)] = (wide, wide.norm(dim=-1))
 
-    def see(self, hook: str, firing: Firing, value: Tensor) -> None:
+    def see(self, site: Site, value: Tensor) -> None:
         """Compare with the iteration before, and with the reference."""
-        cell = (self._at[firing.iteration], firing.layer)
+        hook, cell = site.short, (self._row[site.iteration], layer_of(site))
         x = value.float()
         norm = x if hook == "pattern" else x.norm(dim=-1)
         if hook == "resid_post":
             self._put("stream", cell, torch.stack([norm, norm * torch.finfo(value.dtype).eps]))
-        before = self._before.get((hook, firing.layer))
+        before = self._before.get((hook, cell[1]))
         if before is not None:
             self._compare(f"{'pattern_' if hook == 'pattern' else ''}step", cell, x, norm, before)
-        self._before[hook, firing.layer] = (x, norm)
+        self._before[hook, cell[1]] = (x, norm)
         if self._keep:
             self._kept.append((hook, cell, x, norm))
         else:
             self._refer(hook, cell, x, norm)
 
     def _refer(self, hook: str, cell: tuple[int, int], x: Tensor, norm: Tensor) -> None:
-        end = self._ends.get((hook, cell[1]))
-        if end is None:
+        reference = self._reference.get((hook, cell[1]))
+        if reference is None:
             return
-        self._compare(f"{'pattern_' if hook == 'pattern' else ''}distance", cell, x, norm, end)
+        self._compare(f"{'pattern_' if hook == 'pattern' else ''}distance", cell, x, norm, reference)
         if hook == "resid_post" and cell[1] == 0:
             self._put("degeneracy", cell, self._degeneracy(x, norm))
 
@@ -201,10 +191,10 @@ class ConvergenceProbe:
     def _degeneracy(self, x: Tensor, norm: Tensor) -> Tensor:
         cosines: list[Tensor] = []
         gaps: list[Tensor] = []
-        for (hook, _), (end, end_norm) in self._ends.items():
+        for (hook, _), (last, last_norm) in self._reference.items():
             if hook == "resid_post":
-                cosines.append(torch.linalg.vecdot(x, end) / (norm * end_norm).clamp_min(_TINY))
-                gaps.append((x - end).norm(dim=-1))
+                cosines.append(torch.linalg.vecdot(x, last) / (norm * last_norm).clamp_min(_TINY))
+                gaps.append((x - last).norm(dim=-1))
         return torch.stack([torch.stack(cosines).amin(0), torch.stack(gaps).amax(0)])
 
     def _put(self, group: str, cell: tuple[int, int], values: Tensor) -> None:
@@ -213,10 +203,10 @@ class ConvergenceProbe:
     def end(self) -> None:
         """Add the batch up."""
         if self._keep:
-            self._ends = dict(self._before)
+            self._reference = dict(self._before)
             for kept in self._kept:
                 self._refer(*kept)
-        self._before, self._ends, self._kept = {}, {}, []
+        self._before, self._reference, self._kept = {}, {}, []
         self._collector.end()
 
     def result(self) -> Convergence:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +15,12 @@ from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics.limits import LEAST, LIMIT_KINDS, Of, limiting_behaviours, several
 from loop_lens.dynamics.states import Column, StateProbe, tidy
 from loop_lens.figures.canvas import new_figure
-from loop_lens.measuring.probe import Ends
 from loop_lens.measuring.processes import shared
 from loop_lens.measuring.results import Result, require_alike
+from loop_lens.measuring.run import measure
 from loop_lens.prompts.reader import Batch
+from loop_lens.unrolling.sites import Site
+from loop_lens.unrolling.tree import Iteration
 
 _TINY = torch.finfo(torch.float32).tiny
 _MOVING = LIMIT_KINDS[1:]
@@ -110,10 +112,10 @@ class LimitTable(Result):
         return figure
 
 
-class LimitProbe(StateProbe):
-    """Measures a `LimitTable` in a run of `loop_lens.measuring.measure`, within `listening`.
+class LimitTableProbe(StateProbe):
+    """Measures a `LimitTable` in a run of `loop_lens.measuring.measure`.
 
-    It runs each batch once more beforehand, for the final states alone.
+    It needs a reference run: to ``reference``, or to the number of iterations that is measured.
 
     Args:
         model: The model, at the number of iterations to measure.
@@ -158,69 +160,45 @@ class LimitProbe(StateProbe):
             raise ValueError(f"of={of!r} is unknown: choose 'cosine' or 'norm'")
         self.tau, self.rho, self.reference = several(tau), several(rho), reference
         self.of: Of = of
+        # Where the limits are: at the end of each n, or (None) of the reference run.
+        self._final: list[Iteration] = [None] if reference else [self.iterations[each - 1] for each in self.n]
         shape = (len(self.n), len(self.tau), len(self.rho), len(self.columns))
         self._counts = torch.zeros(*shape, len(LIMIT_KINDS), dtype=torch.int64)
         self._sums = torch.zeros(*shape, 3, dtype=torch.float64)
         self._moving: list[dict[str, Tensor]] = []
 
-    def begin(self, batch: Batch, ends: Ends) -> None:
-        """Run a batch to the final states of each n."""
+    def refers_to(self, site: Site, *, last: bool) -> bool:
+        """The final states of each n, or of the reference."""
+        return last if self.reference else site.iteration in self._final
+
+    def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
+        """Sort the final states by n and column."""
+        super().begin(batch, reference)
         self._index = batch.index
-        self._ends = self._final_states(batch.tokens)
-        super().begin(batch, ends)
+        self._limits: dict[tuple[Iteration, int], tuple[Tensor, Tensor]] = {}
+        for site, value in reference.items():
+            wide = value.float()
+            place = None if self.reference else site.iteration
+            self._limits[place, self.column(site)] = wide, wide.norm(dim=-1)
         device = batch.tokens.device
         shape = (len(self.columns), *batch.tokens.shape)
-        self._series = [torch.zeros(len(self.iterations), *shape, device=device) for _ in self._ends]
+        self._series = [torch.zeros(len(self.iterations), *shape, device=device) for _ in self._final]
         self._finite = torch.ones(len(self.iterations), len(self.columns), dtype=torch.bool, device=device)
-
-    def _final_states(self, tokens: Tensor) -> list[dict[int, tuple[Tensor, Tensor]]]:
-        """Each layer's and the state's value after each n iterations, or after the reference."""
-        ends: list[dict[int, tuple[Tensor, Tensor]]] = []
-        hooks: list[Any] = []
-        last = 0
-        with self.model.at_recurrences(self.reference or self.model.recurrences):
-            schedule = self.model.schedule
-            iterations = schedule.iterations(self.segment)
-            for count in [len(iterations)] if self.reference else self.n:
-                t = iterations[count - 1]
-                kept: dict[int, tuple[Tensor, Tensor]] = {}
-                ends.append(kept)
-                for column in range(len(self.columns)):
-
-                    def keep(value: Tensor, hook: Any, kept: Any = kept, column: int = column) -> None:
-                        wide = value.float()
-                        kept[column] = wide, wide.norm(dim=-1)
-
-                    hook, layer = ("resid_post", column) if column < self.n_layers else ("state_out", None)
-                    name = self.model.name(hook, iteration=t, layer=layer, segment=self.segment)
-                    hooks.append((name, keep))
-                boundary = next(
-                    b for b in schedule.boundaries if b.segment == self.segment and b.iteration == t
-                )
-                last = max(last, boundary.last)
-            self.model.run_with_hooks(
-                tokens,
-                fwd_hooks=hooks,
-                return_type=None,
-                stop_at_layer=last + 1 if last + 1 < len(schedule) else None,
-            )
-        return ends
 
     def take(self, i: int, column: int, value: Tensor) -> None:
         """Compare with the final states."""
         x = value.float()
         norm = x.norm(dim=-1)
         self._finite[i, column] = (norm.isfinite() | ~self.mask).all()
-        for series, ends in zip(self._series, self._ends, strict=True):
-            end, end_norm = ends[column]
+        for series, final in zip(self._series, self._final, strict=True):
+            limit, limit_norm = self._limits[final, column]
             if self.of == "norm":
-                series[i, column] = (x - end).norm(dim=-1)
+                series[i, column] = (x - limit).norm(dim=-1)
             else:
-                series[i, column] = torch.linalg.vecdot(x, end) / (norm * end_norm).clamp_min(_TINY)
+                series[i, column] = torch.linalg.vecdot(x, limit) / (norm * limit_norm).clamp_min(_TINY)
 
     def end(self) -> None:
         """Classify the batch's tokens."""
-        super().end()
         self.require_finite(self._finite)
         prompt, position = self.mask.nonzero(as_tuple=True)
         for a, n in enumerate(self.n):
@@ -243,7 +221,7 @@ class LimitProbe(StateProbe):
                     **{k: getattr(found, k)[layer, token] for k in ("frequency", "amplitude", "gradient")},
                 }
                 self._moving.append({name: column.cpu() for name, column in columns.items()})
-        self._series, self._ends = [], []
+        self._series, self._limits = [], {}
 
     def result(self) -> LimitTable:
         """What was measured so far, by this process."""
@@ -309,6 +287,14 @@ def limit_table(
         arXiv 2604.11791, Algorithm 1 and tables 3 and 4 (n = 128, tau = 0.05, rho = 0.9); the grid of n, tau
         and rho and the free reference are additions.
     """
-    probe = LimitProbe(model, n=n, tau=tau, rho=rho, of=of, reference=reference, segment=segment)
-    probe.run(prompts, batch_size=batch_size, progress=progress, what="limiting behaviour")
+    probe = LimitTableProbe(model, n=n, tau=tau, rho=rho, of=of, reference=reference, segment=segment)
+    measure(
+        model,
+        prompts,
+        [probe],
+        reference=reference or model.recurrences,
+        batch_size=batch_size,
+        progress=progress,
+        what="limiting behaviour",
+    )
     return shared(probe.result())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,10 +14,11 @@ from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics.states import Column, StateProbe, tidy
 from loop_lens.figures.lines import line_figure
 from loop_lens.measuring.moments import Collector, Measured, Moments
-from loop_lens.measuring.probe import Ends
 from loop_lens.measuring.processes import shared
 from loop_lens.measuring.results import require_alike
+from loop_lens.measuring.run import measure
 from loop_lens.prompts.reader import Batch
+from loop_lens.unrolling.sites import Site
 from loop_lens.unrolling.tree import Iteration
 
 PATH = ("step", "drift_to_loop")
@@ -78,8 +80,8 @@ class StepGeometry(Measured):
         )
 
 
-class LocalProbe(StateProbe):
-    """Measures `StepGeometry` in a run of `loop_lens.measuring.measure`, within `listening`.
+class StepGeometryProbe(StateProbe):
+    """Measures `StepGeometry` in a run of `loop_lens.measuring.measure`.
 
     Args:
         model: The model, at the number of iterations to measure.
@@ -90,15 +92,15 @@ class LocalProbe(StateProbe):
     """
 
     def __init__(self, model: HookedLoopedTransformer, *, segment: str | None = None) -> None:
-        super().__init__(model, segment=segment, least=3, what="local dynamics")
+        super().__init__(model, segment=segment, least=3, what="step geometry")
         self._collector = Collector(
             (*PATH, *TURNS, *RATES), {"iteration": self.iterations, "layer": self.columns}
         )
         self._trails: dict[int, _Trail] = {}
 
-    def begin(self, batch: Batch, ends: Ends) -> None:
+    def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
         """Start a batch."""
-        super().begin(batch, ends)
+        super().begin(batch, reference)
         self._collector.begin(len(batch.tokens), batch.tokens.device)
         self._trails = {}
 
@@ -129,7 +131,6 @@ class LocalProbe(StateProbe):
 
     def end(self) -> None:
         """Add the batch up."""
-        super().end()
         self._trails = {}
         self._collector.end()
 
@@ -183,6 +184,6 @@ def step_geometry(
         drift is between several looped blocks and loop steps are within one; a single core has no next block,
         so drift is the displacement since its first iteration, and the ratio is per path length.
     """
-    probe = LocalProbe(model, segment=segment)
-    probe.run(prompts, batch_size=batch_size, progress=progress, what="local dynamics")
+    probe = StepGeometryProbe(model, segment=segment)
+    measure(model, prompts, [probe], batch_size=batch_size, progress=progress, what="step geometry")
     return shared(probe.result())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,10 +14,11 @@ from torch import Tensor
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics.states import STATE, Column, StateProbe, tidy
 from loop_lens.figures.canvas import new_figure
-from loop_lens.measuring.probe import Ends
 from loop_lens.measuring.processes import shared
 from loop_lens.measuring.results import Result
+from loop_lens.measuring.run import measure
 from loop_lens.prompts.reader import Batch
+from loop_lens.unrolling.sites import Site
 from loop_lens.unrolling.tree import Iteration
 
 Fit = Literal["joint", "layer"]
@@ -174,8 +175,8 @@ class Scatter:
         return Scatter(count, mean, self.scatter + other.scatter + between)
 
 
-class TrajectoryProbe(StateProbe):
-    """Keeps one position's states in a run of `loop_lens.measuring.measure`, within `listening`.
+class TrajectoriesProbe(StateProbe):
+    """Keeps one position's states in a run of `loop_lens.measuring.measure`.
 
     Args:
         model: The model, at the number of iterations to measure.
@@ -214,7 +215,7 @@ class TrajectoryProbe(StateProbe):
         self._scatter = [empty] * (groups if over == "tokens" else 0)
         self._shape = (len(self.iterations), len(self.layers), d)
 
-    def begin(self, batch: Batch, ends: Ends) -> None:
+    def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
         """Find the position in each prompt."""
         lengths = batch.lengths
         where = lengths + self._position if self._position < 0 else torch.full_like(lengths, self._position)
@@ -225,20 +226,18 @@ class TrajectoryProbe(StateProbe):
                 f"position {self._position} does not exist in prompt {batch.index[k]}, which has "
                 f"{int(lengths[k])} tokens"
             )
-        super().begin(batch, ends)
+        super().begin(batch, reference)
         self._index, self._where = batch.index, where
         self._states = torch.zeros(len(batch.tokens), *self._shape)
         self._finite = torch.ones(self._shape[:2], dtype=torch.bool)
 
-    def wants(self, hook: str, firing: Any) -> bool:
+    def wants(self, site: Site) -> bool:
         """The layers that were chosen."""
-        return super().wants(hook, firing) and firing.layer in self._place
+        return super().wants(site) and self.column(site) in self._place
 
     def take(self, i: int, column: int, value: Tensor) -> None:
         """Keep the position's state; add all to the scatter."""
-        k = self._place.get(column)
-        if k is None:
-            return
+        k = self._place[column]
         one = value[torch.arange(len(value), device=value.device), self._where].float()
         self._states[:, i, k] = one.cpu()
         self._finite[i, k] = bool((value.norm(dim=-1).isfinite() | ~self.mask).all())
@@ -248,7 +247,6 @@ class TrajectoryProbe(StateProbe):
 
     def end(self) -> None:
         """Finish a batch."""
-        super().end()
         self.require_finite(self._finite)
         self._kept.append(_Kept(torch.tensor(self._index), self._where.cpu(), self._states, ()))
 
@@ -307,8 +305,8 @@ def trajectories(
         raise ValueError(
             f"fit={fit!r}, over={over!r} is unknown: fit is 'joint' or 'layer', over 'position' or 'tokens'"
         )
-    probe = TrajectoryProbe(model, position=position, layers=layers, segment=segment, fit=fit, over=over)
-    probe.run(prompts, batch_size=batch_size, progress=progress, what="trajectories")
+    probe = TrajectoriesProbe(model, position=position, layers=layers, segment=segment, fit=fit, over=over)
+    measure(model, prompts, [probe], batch_size=batch_size, progress=progress, what="trajectories")
     kept = shared(probe.kept())
     groups = kept.states.double().transpose(0, 2)  # layer iteration prompt d_model
     groups = groups.reshape(len(probe.layers) if fit == "layer" else 1, -1, groups.shape[-1])
