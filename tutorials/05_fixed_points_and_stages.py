@@ -340,7 +340,7 @@ reference = stages(plain, snippets, progress=False)
 measured = stages(looped, snippets, progress=False)
 
 figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
-for panel, metric in zip(axes, ("concentration", "mixing", "entropy"), strict=True):
+for panel, metric in zip(axes, ("colsum_concentration", "mixing_score", "matrix_entropy"), strict=True):
     for curve in measured.curves(metric, by="recurrence"):
         t = curve.recurrence
         colour = "0.6" if t is None else plt.get_cmap("viridis")(0.42 * t)
@@ -351,7 +351,9 @@ for panel, metric in zip(axes, ("concentration", "mixing", "entropy"), strict=Tr
 _ = axes[0].legend(fontsize=7)
 
 # %%
-agreement = stage_agreement(measured, reference, metrics=("concentration", "sink_rate", "mixing", "entropy"))
+agreement = stage_agreement(
+    measured, reference, metrics=("colsum_concentration", "sink_rate", "mixing_score", "matrix_entropy")
+)
 for metric, row in zip(agreement.metrics, agreement.correlation, strict=True):
     print(f"{metric:<14} correlation with the same layers unlooped: " + " ".join(f"{x:5.2f}" for x in row))
 first = measured.mean("first_norm")

@@ -115,10 +115,10 @@ def _stages(measured: Measured) -> pd.DataFrame:
         "iteration",
         "layer",
         "percent",
-        "concentration",
+        "colsum_concentration",
         "sink_rate",
-        "mixing",
-        "entropy",
+        "mixing_score",
+        "matrix_entropy",
         "norm",
     ]
     parts: list[Any] = []
@@ -228,7 +228,7 @@ def _over_depth(found: Mapping[Cell, Measured]) -> Any:
         if cell.looped and (cell.task, cell.norm, cell.core, cell.seed) == ("text", "pre", most, first)
     ]
     references = [m for cell, m in found.items() if not cell.looped]
-    metrics = ("concentration", "mixing", "sink_rate")
+    metrics = ("colsum_concentration", "mixing_score", "sink_rate")
     figure, panels = _panels(len(chosen), len(metrics), sharex=True)
     for i, (cell, measured) in enumerate(chosen):
         for k, metric in enumerate(metrics):

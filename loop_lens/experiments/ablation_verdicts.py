@@ -26,7 +26,7 @@ whose steps are 0.47 of its norm has 0.89."""
 LEARNT = {"text": 0.05, "addition": 0.3, "composition": 0.3}
 """Accuracy from which a model has learnt anything: naming one token everywhere gives 0.03 on text and 0.2 on addition
 with 5 symbols, and two models of text did just that."""
-MIXING = ("concentration", "mixing", "sink_rate")
+MIXING = ("colsum_concentration", "mixing_score", "sink_rate")
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def layer_spread(found: Stages, metric: str) -> float:
     return sum(ranges) / len(ranges)
 
 
-def repetition(found: Stages, metric: str = "mixing") -> float:
+def repetition(found: Stages, metric: str = "mixing_score") -> float:
     """Correlation of the heads' profile [layer head] in one recurrence with that in the next; the mean."""
     if found.heads is None:
         raise ValueError("these stages are without attention: measure with patterns=True")
@@ -171,7 +171,7 @@ def self_organisation(found: Mapping[Cell, Measured]) -> tuple[pd.DataFrame, lis
             "seed": cell.seed,
             **{
                 f"{metric}_{state}": layer_spread(measured.firings[state], metric)
-                for metric, state in product(("mixing", "concentration"), ("initial", "trained"))
+                for metric, state in product(("mixing_score", "colsum_concentration"), ("initial", "trained"))
             },
             **{
                 f"repetition_{state}": repetition(measured.firings[state]) for state in ("initial", "trained")
@@ -183,10 +183,10 @@ def self_organisation(found: Mapping[Cell, Measured]) -> tuple[pd.DataFrame, lis
     table = pd.DataFrame(rows)
     if table.empty:
         return table, []
-    apart = [row["mixing_trained"] >= APART and row["repetition_trained"] >= ALIKE for row in rows]
+    apart = [row["mixing_score_trained"] >= APART and row["repetition_trained"] >= ALIKE for row in rows]
     numbers = (
-        f"{sum(apart)} of {len(apart)}; layers of one recurrence differ by {_span(table['mixing_trained'])} nats "
-        f"of attention entropy ({_span(table['mixing_initial'])} before training), successive recurrences "
+        f"{sum(apart)} of {len(apart)}; layers of one recurrence differ by {_span(table['mixing_score_trained'])} nats "
+        f"of attention entropy ({_span(table['mixing_score_initial'])} before training), successive recurrences "
         f"correlate {_span(table['repetition_trained'])} ({_span(table['repetition_initial'])} before)"
     )
     most = max(cell.core for cell in found if cell.looped)
@@ -275,7 +275,7 @@ def distance_to(looped: Stages, reference: Stages, length: float) -> dict[str, f
         length: Tokens of a prompt, whose logarithm is the largest mixing score.
     """
     found = stage_agreement(looped, reference, metrics=MIXING)
-    unit = {"mixing": math.log(length)}
+    unit = {"mixing_score": math.log(length)}
     parts = {
         metric: float(values.mean()) / unit.get(metric, 1.0)
         for metric, values in zip(found.metrics, found.rmse, strict=True)

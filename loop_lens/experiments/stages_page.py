@@ -19,10 +19,10 @@ from loop_lens.measuring.results import Result
 from loop_lens.stages import Stages, stage_agreement
 
 _SHOWN = {
-    "concentration": "ColSum concentration of attention",
+    "colsum_concentration": "ColSum concentration of attention",
     "sink_rate": "share of heads whose mean attention to the first token is at least 0.3",
-    "mixing": "entropy of attention per query, in nats",
-    "relative_entropy": "matrix entropy of the stream over the log of the largest rank",
+    "mixing_score": "entropy of attention per query, in nats",
+    "relative_matrix_entropy": "matrix entropy of the stream over the log of the largest rank",
     "anisotropy": "share of the largest squared singular value",
     "norm": "norm of the stream, first token left out",
     "first_norm": "norm of the stream at the first token",
@@ -81,7 +81,7 @@ def write_stages(
     for metric, text in _SHOWN.items():
         if metric not in found.metrics:
             continue
-        for by in ("recurrence", "layer") if metric == "relative_entropy" else ("recurrence",):
+        for by in ("recurrence", "layer") if metric == "relative_matrix_entropy" else ("recurrence",):
             # By layer, every layer of the reference would be a line of its own.
             figure = found.plot(metric, by, against=reference if by == "recurrence" else None)
             if metric.endswith("norm"):

@@ -18,10 +18,10 @@ from loop_lens.stages.mixing import attention_received, concentration_of, entrop
 from loop_lens.stages.result import Stages
 from loop_lens.unrolling.sites import Site
 
-ATTENTION = ("concentration", "sink_rate", "mixing")
-STREAM = ("entropy", "relative_entropy", "anisotropy", "first_norm")
+ATTENTION = ("colsum_concentration", "sink_rate", "mixing_score")
+STREAM = ("matrix_entropy", "relative_matrix_entropy", "anisotropy", "first_norm")
 TOKENS = ("norm",)
-HEADS = ("concentration", "sink", "mixing")
+HEADS = ("colsum_concentration", "sink", "mixing_score")
 
 
 class StagesProbe(Probe):
@@ -57,7 +57,7 @@ class StagesProbe(Probe):
         self._pooled = len(names)
         names += [f"{metric} {head}" for metric in HEADS for head in range(self._n_heads)]
         self._names = names
-        start = names.index("entropy")
+        start = names.index("matrix_entropy")
         self._stream = slice(start, start + len(STREAM))
         self._tokens = slice(self._stream.stop, self._stream.stop + len(TOKENS))
         self._collector = Collector(names, {"firing": [firing.prefix for firing in self._firings]})
@@ -161,9 +161,9 @@ def stages(
 ) -> Stages:
     """Measure, while the model runs, which stage of inference each firing looks like.
 
-    Per prompt, averaged over heads: ``concentration`` (ColSum, at each prompt's own length),
-    ``sink_rate`` and ``mixing``. Per prompt: ``entropy`` of the stream's squared singular values in nats,
-    ``relative_entropy`` (over the log of the largest possible rank, min(tokens, d_model)),
+    Per prompt, averaged over heads: ``colsum_concentration`` (ColSum, at each prompt's own length),
+    ``sink_rate`` and ``mixing_score``. Per prompt: ``matrix_entropy`` of the stream's squared singular values in nats,
+    ``relative_matrix_entropy`` (over the log of the largest possible rank, min(tokens, d_model)),
     ``anisotropy``, the share of the largest, and ``first_norm``, the first token's norm. Per token after the
     first: ``norm`` of the stream. The stream is each block's output. Nothing is kept from one firing to the
     next.

@@ -51,7 +51,7 @@ class Stages(Measured):
         tau: Mean attention from which a head counted as a sink.
         sink_token: Position of the token that may be the sink.
         moments: Of each metric, over prompts (or tokens) [firing].
-        heads: Of ``concentration``, ``sink`` (mean attention to the sink's token) and ``mixing``, over
+        heads: Of ``colsum_concentration``, ``sink`` (mean attention to the sink's token) and ``mixing_score``, over
             prompts [firing head]; None without attention.
     """
 
@@ -200,7 +200,7 @@ class Stages(Measured):
 
     def plot(
         self,
-        metric: str = "entropy",
+        metric: str = "matrix_entropy",
         by: By = "depth",
         *,
         span: Span = "model",

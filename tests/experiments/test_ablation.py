@@ -382,7 +382,7 @@ def _stages(mixing, outside=()):
     else:
         firings = [("blocks", None, k, k) for k in range(len(values))]
     flat = values.flatten()
-    metrics = ("concentration", "mixing", "sink_rate")
+    metrics = ("colsum_concentration", "mixing_score", "sink_rate")
     total = torch.stack([flat, flat, flat])
     ones = torch.ones_like(total)
     pooled = Moments(
@@ -391,12 +391,12 @@ def _stages(mixing, outside=()):
     each = torch.stack([flat, -flat], 1)[None]
     one = torch.ones_like(each)
     axes = {"firing": tuple(map(str, firings)), "head": (0, 1)}
-    heads = Moments(axes, ("mixing",), one, each, each**2, one, each, each**2)
+    heads = Moments(axes, ("mixing_score",), one, each, each**2, one, each, each**2)
     return Stages(tuple(firings), 0.3, 0, pooled, heads)
 
 
 def test_layer_spread_is_the_mean_range_within_a_recurrence():
-    assert layer_spread(_stages([[1.0, 3.0, 2.0], [1.0, 1.0, 5.0]]), "mixing") == pytest.approx(3.0)
+    assert layer_spread(_stages([[1.0, 3.0, 2.0], [1.0, 1.0, 5.0]]), "mixing_score") == pytest.approx(3.0)
 
 
 def test_repetition_is_one_for_equal_profiles_and_minus_one_for_mirrored_ones():
@@ -409,8 +409,8 @@ def test_distance_to_a_feed_forward_model_is_the_mean_of_three_in_units_of_one()
     found = distance_to(looped, _stages([0.5, 0.5, 0.5]), 10)
     assert found["distance"] == pytest.approx(0.0, abs=1e-12)
     found = distance_to(looped, _stages([0.7, 0.7, 0.7]), 10)
-    assert found["concentration"] == pytest.approx(0.2)
-    assert found["mixing"] == pytest.approx(0.2 / math.log(10))
+    assert found["colsum_concentration"] == pytest.approx(0.2)
+    assert found["mixing_score"] == pytest.approx(0.2 / math.log(10))
     assert found["distance"] == pytest.approx((0.2 + 0.2 + 0.2 / math.log(10)) / 3)
 
 

@@ -70,7 +70,9 @@ def test_stages_sets_a_model_beside_another(
     model = loop_lens.boot(GOLDENS / "huginn", recurrences=3)
     rows = [torch.tensor(json.loads(line)["input_ids"]) for line in prompts.read_text().splitlines()]
     table = pd.read_parquet(out / "tables" / "stages.parquet")
-    assert table["entropy"].tolist() == pytest.approx(stages(model, rows).mean("entropy").tolist())
+    assert table["matrix_entropy"].tolist() == pytest.approx(
+        stages(model, rows).mean("matrix_entropy").tolist()
+    )
 
 
 @pytest.mark.parametrize("command", ["dynamics", "stages"])

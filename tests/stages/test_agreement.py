@@ -25,7 +25,7 @@ def made(schedule: Schedule, values: Any) -> Stages:
     total = torch.as_tensor(values, dtype=torch.float64).reshape(1, n)
     one = torch.ones(1, n, dtype=torch.float64)
     axes = {"firing": tuple(f.prefix for f in schedule)}
-    moments = Moments(axes, ("entropy",), one, total, total**2, one, total, total**2)
+    moments = Moments(axes, ("matrix_entropy",), one, total, total**2, one, total, total**2)
     places = tuple((f.segment, f.iteration, f.layer, f.block) for f in schedule)
     return Stages(places, 0.3, 0, moments, None)
 
@@ -89,7 +89,9 @@ def test_table_plot_and_disk(tmp_path: Path) -> None:
     looped, reference = made(looping(3, 4), np.arange(12.0) % 5), made(plain(6), np.arange(6.0))
     found = stage_agreement(looped, reference)
     table = found.to_dataframe()
-    assert table["recurrence"].tolist() == [0, 1, 2] and table["metric"].unique().tolist() == ["entropy"]
+    assert table["recurrence"].tolist() == [0, 1, 2] and table["metric"].unique().tolist() == [
+        "matrix_entropy"
+    ]
     assert found.plot("rmse").axes[0].lines[0].get_ydata().tolist() == table["rmse"].tolist()
     found.save(tmp_path / "found")
     pd.testing.assert_frame_equal(StageAgreement.load(tmp_path / "found").to_dataframe(), table)
@@ -106,6 +108,6 @@ def test_bad_requests() -> None:
     with pytest.raises(ValueError, match="no metric to compare"):
         stage_agreement(looped, reference, metrics=[])
     with pytest.raises(ValueError, match="metric 'mixing' is unknown"):
-        stage_agreement(looped, reference, metrics=["mixing"])
+        stage_agreement(looped, reference, metrics=["mixing_score"])
     with pytest.raises(ValueError, match="span='all' is unknown"):
         stage_agreement(looped, reference, span="all")  # type: ignore[arg-type]

@@ -25,11 +25,11 @@ def by_hand(pattern: Any, resid: Any, tau: float, token: int) -> dict[str, float
     (n, width), columns = resid.shape, pattern.mean(1)
     shares = squared_shares(resid)
     return {
-        "concentration": np.mean([1 - entropy(p) / math.log(n) for p in columns]),
+        "colsum_concentration": np.mean([1 - entropy(p) / math.log(n) for p in columns]),
         "sink_rate": np.mean(columns[:, token] >= tau),
-        "mixing": entropy(pattern).mean(),
-        "entropy": entropy(shares),
-        "relative_entropy": entropy(shares) / math.log(min(n, width)),
+        "mixing_score": entropy(pattern).mean(),
+        "matrix_entropy": entropy(shares),
+        "relative_matrix_entropy": entropy(shares) / math.log(min(n, width)),
         "anisotropy": shares.max(),
         "first_norm": np.linalg.norm(resid[0]),
         "norm": np.linalg.norm(resid[1:], axis=1).mean(),
@@ -57,7 +57,7 @@ def test_against_the_cache(name: str) -> None:
             assert float(mean) == pytest.approx(float(np.mean(values)), rel=1e-5, abs=1e-6), metric
             assert float(spread) == pytest.approx(float(np.std(values)), rel=1e-3, abs=1e-5), metric
         expected = entropy(patterns).mean((0, 2))
-        assert found.heads.mean("mixing")[i].tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+        assert found.heads.mean("mixing_score")[i].tolist() == pytest.approx(expected.tolist(), rel=1e-5)
         expected = patterns.mean(2)[..., token].mean(0)
         assert found.heads.mean("sink")[i].tolist() == pytest.approx(expected.tolist(), rel=1e-5)
     at = [(f.segment, f.iteration, f.layer, f.block) for f in schedule]
@@ -72,8 +72,10 @@ def test_uniform_attention_and_a_first_token_alone() -> None:
                 parameter.zero_()
     found = stages(model, torch.randint(1, model.cfg.d_vocab, (1, 64)))
     mixing = np.mean([math.log(i + 1) for i in range(64)])
-    assert found.mean("concentration").tolist() == pytest.approx([0.097] * len(found.firings), abs=5e-4)
-    assert found.mean("mixing").tolist() == pytest.approx([mixing] * len(found.firings), rel=1e-5)
+    assert found.mean("colsum_concentration").tolist() == pytest.approx(
+        [0.097] * len(found.firings), abs=5e-4
+    )
+    assert found.mean("mixing_score").tolist() == pytest.approx([mixing] * len(found.firings), rel=1e-5)
     assert found.mean("sink_rate").tolist() == [0] * len(found.firings)
 
 
@@ -107,21 +109,21 @@ def looped() -> Stages:
 
 
 def test_the_three_groupings(looped: Stages) -> None:
-    depth, *rest = looped.curves("entropy")
+    depth, *rest = looped.curves("matrix_entropy")
     assert not rest and depth.at.tolist() == list(range(1, 9))
-    assert torch.equal(depth.mean, looped.mean("entropy"))
+    assert torch.equal(depth.mean, looped.mean("matrix_entropy"))
 
-    mean = looped.mean("entropy").tolist()
-    lines = looped.curves("entropy", by="recurrence")
+    mean = looped.mean("matrix_entropy").tolist()
+    lines = looped.curves("matrix_entropy", by="recurrence")
     assert [line.label for line in lines] == [
         "prelude", "recurrence 0", "recurrence 1", "recurrence 2", "coda"
     ]  # fmt: skip
     assert [line.at.tolist() for line in lines] == [[25], [50, 75], [50, 75], [50, 75], [100]]
     assert [line.mean.tolist() for line in lines] == [mean[:1], mean[1:3], mean[3:5], mean[5:7], mean[7:]]
-    lines = looped.curves("entropy", by="recurrence", span="block")
+    lines = looped.curves("matrix_entropy", by="recurrence", span="block")
     assert [line.at.tolist() for line in lines] == [[50, 100]] * 3
 
-    lines = looped.curves("entropy", by="layer")
+    lines = looped.curves("matrix_entropy", by="layer")
     assert [line.label for line in lines] == [
         "prelude layer 0",
         "loop layer 0",
@@ -145,7 +147,7 @@ def test_nested_loops_recur_with_the_outer_one() -> None:
 
 def test_a_feed_forward_model_is_one_recurrence() -> None:
     found = stages(feed_forward("llama"), torch.tensor([[1, 2, 3]]))
-    (line,) = found.curves("mixing", by="recurrence")
+    (line,) = found.curves("mixing_score", by="recurrence")
     assert line.at.tolist() == pytest.approx([100 * (k + 1) / 6 for k in range(6)])
     assert found.recurrences == 0 and torch.equal(found.percent(), found.percent(span="block"))
 
@@ -155,7 +157,7 @@ def test_tables(looped: Stages) -> None:
     assert table["depth"].tolist() == list(range(1, 9))
     assert table["segment"].tolist() == ["prelude"] + ["loop"] * 6 + ["coda"]
     assert table["percent"].tolist() == [25, 50, 75, 50, 75, 50, 75, 100]
-    assert table["mixing"].tolist() == looped.mean("mixing").tolist()
+    assert table["mixing_score"].tolist() == looped.mean("mixing_score").tolist()
     by = looped.to_dataframe(by="recurrence", span="block")
     assert by["depth"].tolist() == [1, 8, 2, 3, 4, 5, 6, 7]
     assert by["percent"].isna().tolist() == [True] * 2 + [False] * 6
@@ -164,8 +166,10 @@ def test_tables(looped: Stages) -> None:
     assert looped.heads is not None
     n = len(looped.heads.axes["head"])
     assert heads["depth"].tolist() == [d for d in range(1, 9) for _ in range(n)]
-    assert heads["mixing"].tolist() == looped.heads.mean("mixing").flatten().tolist()
-    assert heads.groupby("depth")["mixing"].mean().tolist() == pytest.approx(table["mixing"].tolist())
+    assert heads["mixing_score"].tolist() == looped.heads.mean("mixing_score").flatten().tolist()
+    assert heads.groupby("depth")["mixing_score"].mean().tolist() == pytest.approx(
+        table["mixing_score"].tolist()
+    )
 
 
 def test_plots_overlay_a_reference(looped: Stages) -> None:
@@ -179,7 +183,7 @@ def test_plots_overlay_a_reference(looped: Stages) -> None:
     ]  # fmt: skip
     axes = looped.plot("norm", "layer", against=other).axes[0]
     assert sum(line.get_linestyle() == "--" for line in axes.lines) == 6
-    assert len(looped.plot("mixing", "recurrence", span="block").axes[0].lines) == 3
+    assert len(looped.plot("mixing_score", "recurrence", span="block").axes[0].lines) == 3
 
 
 def test_it_comes_back_from_disk(looped: Stages, tmp_path: Path) -> None:
@@ -191,7 +195,7 @@ def test_it_comes_back_from_disk(looped: Stages, tmp_path: Path) -> None:
         pd.testing.assert_frame_equal(again.to_dataframe(), found.to_dataframe())
         found.to_parquet(tmp_path / "found.parquet")
         assert pd.read_parquet(tmp_path / "found.parquet")["norm"].tolist() == found.mean("norm").tolist()
-    assert "mixing" not in without.metrics
+    assert "mixing_score" not in without.metrics
     with pytest.raises(ValueError, match="attention was not measured"):
         without.heads_to_dataframe()
     with pytest.raises(ValueError, match="their metrics differ"):
