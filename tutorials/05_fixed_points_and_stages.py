@@ -232,8 +232,9 @@ with model.at_recurrences(48):
         floor = float(found.mean("floor")[-1, -1]) * len(prompt) ** 0.5
         end = int((steps[1:] > 10 * floor).sum())  # the last step well above rounding
         observed.append(float((steps[end] / steps[end - 6]) ** (1 / 6)))
-        radii.append(dynamics.spectral_radius(model, prompt[None], iteration=40))
-    stretch = dynamics.leading_singular_value(model, prompts[:1], iteration=40)
+        radii.append(float(dynamics.spectral_radius(model, prompt, iteration=40)))
+    spectrum = dynamics.jacobian_spectrum(model, prompts[:1], iterations=[40], steps=20)
+    stretch = float(spectrum.singular_value)
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.3), layout="constrained")
 axes[0].plot([0, 1], [0, 1], color="0.8")
@@ -268,7 +269,7 @@ assert all(abs(a - b) < 0.12 for a, b in zip(radii, observed, strict=True))
 # %%
 for label, each in models.items():
     with each.at_recurrences(48):
-        radius = dynamics.spectral_radius(each, prompts[:1], iteration=40)
+        radius = float(dynamics.spectral_radius(each, prompts[:1], iteration=40))
     print(f"{label:<13} spectral radius {radius:.2f}")
     assert (radius < 1) == (label == "injection")
 

@@ -17,12 +17,7 @@ from loop_lens.dynamics.limits import (
 from loop_lens.dynamics.pairs import FiringSimilarity, FiringSimilarityProbe, firing_similarity
 from loop_lens.dynamics.paths import PathIndependence, PathIndependenceProbe, path_independence
 from loop_lens.dynamics.projection import Trajectories, TrajectoriesProbe, trajectories
-from loop_lens.dynamics.spectrum import (
-    JacobianSpectrum,
-    jacobian_spectrum,
-    leading_singular_value,
-    spectral_radius,
-)
+from loop_lens.dynamics.spectrum import JacobianSpectrum, jacobian_spectrum, spectral_radius
 
 __all__ = [
     "LIMIT_KINDS",
@@ -54,7 +49,6 @@ __all__ = [
     "firing_similarity",
     "jacobian_spectrum",
     "jensen_shannon",
-    "leading_singular_value",
     "limit_table",
     "limiting_behaviour",
     "limiting_behaviours",

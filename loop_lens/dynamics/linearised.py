@@ -24,16 +24,16 @@ class IterationMap:
 
     Args:
         model: The model; attention must be ``"eager"`` or ``"sdpa"``.
-        tokens: [prompt pos].
+        tokens: A prompt per row [row pos]; each row is a map of its own.
         iteration: The iteration.
         segment: The loop.
-        state: Where to take the derivative [prompt pos d_model]; the run's own state by default.
-        rows: Which prompt each row is [row]; every prompt once by default.
+        state: Where to take the derivative [row pos d_model]; the run's own state by default.
+        prompts: Whose of the model's initial states, where there is one per prompt, each row starts from
+            [row]; the first row from the first by default.
         position: The position that each row is the map of, all others held [row]; all positions by default.
 
     Attributes:
-        rows: Number of rows; each is a map of its own.
-        size: Numbers that enter, and that leave.
+        shape: Number of rows; numbers of a row that enter, and that leave.
 
     Raises:
         UnknownNameError: If there is no such iteration.
@@ -44,12 +44,12 @@ class IterationMap:
     def __init__(
         self,
         model: HookedLoopedTransformer,
-        tokens: Int[Tensor, "prompt pos"],
+        tokens: Int[Tensor, "row pos"],
         *,
         iteration: Iteration,
         segment: str,
-        state: Float[Tensor, "prompt pos d_model"] | None = None,
-        rows: Int[Tensor, " row"] | None = None,
+        state: Float[Tensor, "row pos d_model"] | None = None,
+        prompts: Int[Tensor, " row"] | None = None,
         position: Int[Tensor, " row"] | None = None,
     ) -> None:
         start = model.name("state_in", iteration=iteration, segment=segment)
@@ -57,15 +57,15 @@ class IterationMap:
         shape = (*tokens.shape, model.cfg.d_model)
         if state is not None and state.shape != shape:
             raise ValueError(
-                f"state has shape {tuple(state.shape)}, but here it is [prompt pos d_model] {shape}"
+                f"state has shape {tuple(state.shape)}, but here it is [row pos d_model] {shape}"
             )
-        which = (torch.arange(len(tokens)) if rows is None else rows).to(tokens.device)
-        each = torch.arange(len(which), device=tokens.device)
-        position = None if position is None else position.to(tokens.device)
+        device = next(model.original_model.parameters()).device
+        tokens, each = tokens.to(device), torch.arange(len(tokens), device=device)
+        position = None if position is None else position.to(device)
         seen: dict[str, Tensor] = {}
 
         def enter(value: Tensor, hook: Any) -> Tensor:
-            base = value.detach() if state is None else state[which].to(value)
+            base = value.detach() if state is None else state.to(value)
             torch.set_grad_enabled(True)
             if position is None:
                 seen["in"] = base.clone().requires_grad_()
@@ -81,23 +81,26 @@ class IterationMap:
             b.last for b in model.schedule.boundaries if b.segment == segment and b.iteration == iteration
         )
         # Flash attention has no second derivative, and products with the Jacobian itself take one.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _rows_of_initial_state(model, which):
+        if prompts is None:
+            prompts = torch.arange(len(tokens))
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _initial_states_of(model, prompts):
             model.run_with_hooks(
-                tokens[which],
+                tokens,
                 fwd_hooks=[(start, enter), (end, leave)],
                 return_type=None,
                 stop_at_layer=last + 1 if last + 1 < len(model.schedule) else None,
             )
         self._in, self._out = seen["in"], seen["out"]
         if not bool(self._in.isfinite().all() and self._out.isfinite().all()):
-            raise_diverged(model, tokens, iteration, segment, given=state is not None)
-        self.rows, self.size = len(which), self._in[0].numel()
+            with _initial_states_of(model, prompts):
+                _raise_diverged(model, tokens, iteration, segment, given=state is not None)
+        self.shape = len(tokens), self._in[0].numel()
         self._transposed: tuple[Tensor, Tensor] | None = None
 
     def vjp(self, vector: Float[Tensor, "row size"]) -> Float[Tensor, "row size"]:
         """The transposed Jacobian times a vector, in float64."""
         (product,) = torch.autograd.grad(self._out, self._in, self._like(vector), retain_graph=True)
-        return product.reshape(self.rows, -1).cpu().double()
+        return product.reshape(self.shape).cpu().double()
 
     def jvp(self, vector: Float[Tensor, "row size"]) -> Float[Tensor, "row size"]:
         """The Jacobian times a vector, in float64.
@@ -112,27 +115,27 @@ class IterationMap:
             self._transposed = dummy, product
         dummy, product = self._transposed
         (moved,) = torch.autograd.grad(product, dummy, self._like(vector), retain_graph=True)
-        return moved.reshape(self.rows, -1).cpu().double()
+        return moved.reshape(self.shape).cpu().double()
 
     def _like(self, vector: Tensor) -> Tensor:
         return vector.reshape(self._out.shape).to(self._out)
 
 
 @contextmanager
-def _rows_of_initial_state(model: HookedLoopedTransformer, rows: Tensor) -> Generator[None, None, None]:
-    """Give each row its own prompt's initial state, where there is one per prompt."""
+def _initial_states_of(model: HookedLoopedTransformer, prompts: Tensor) -> Generator[None, None, None]:
+    """Start rows from their own prompts' initial states, where there is one per prompt."""
     given = model.initial_state
     if not isinstance(given, Tensor) or len(given) == 1:
         yield
         return
-    model.initial_state = given[rows]
+    model.initial_state = given[prompts.to(given.device)]
     try:
         yield
     finally:
         model.initial_state = given
 
 
-def raise_diverged(
+def _raise_diverged(
     model: HookedLoopedTransformer, tokens: Tensor, iteration: Iteration, segment: str, *, given: bool
 ) -> None:
     """Raise `DivergedError` for a state that is NaN or infinite; names the first iteration that is."""

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from loop_lens.bridge.model import HookedLoopedTransformer
-from loop_lens.dynamics.krylov import Leading, largest_eigenvalue, largest_singular_value
+from loop_lens.dynamics.krylov import largest_eigenvalue, largest_singular_value
 from loop_lens.dynamics.linearised import IterationMap
 from loop_lens.figures.lines import line_figure
-from loop_lens.measuring.results import Result
-from loop_lens.prompts.reader import read_together
+from loop_lens.measuring.results import Result, merged
+from loop_lens.prompts.reader import read_prompts
 from loop_lens.unrolling.tree import Iteration
 
-Of = Literal["radius", "singular_value"]
-_BOTH: tuple[Of, ...] = ("radius", "singular_value")
+_VALUES = ("radius", "radius_error", "singular_value", "singular_value_error")
 
 
 @dataclass(frozen=True)
@@ -32,21 +31,29 @@ class JacobianSpectrum(Result):
         segment: The loop.
         iterations: The iterations, in order.
         positions: The positions whose diagonal block each value is of; None for the whole sequence.
-        radius: Spectral radius [iteration prompt position], one position for the whole sequence; below 1
-            the iteration contracts in the long run.
+        radius: Spectral radius [iteration prompt position], one position for the whole sequence, NaN where a
+            prompt has no such position; below 1 the iteration contracts in the long run.
         radius_error: Norm of the residual of its eigenvector [iteration prompt position].
         singular_value: Leading singular value: the most that one iteration stretches a difference
-            [iteration prompt position]; never below the radius.
+            [iteration prompt position]; never below the radius. Below 1 every difference shrinks at once;
+            above 1 with a radius below 1, some grow before they shrink.
         singular_value_error: Bound on its error [iteration prompt position].
+
+    Example:
+        >>> spectrum = loop_lens.dynamics.jacobian_spectrum(model, prompts, iterations=[6, 7], steps=4)
+        >>> spectrum.radius.shape  # iteration prompt position
+        torch.Size([2, 2, 1])
+        >>> bool((spectrum.radius <= spectrum.singular_value + spectrum.singular_value_error).all())
+        True
     """
 
     segment: str
     iterations: tuple[Iteration, ...]
     positions: tuple[int, ...] | None
-    radius: Tensor
-    radius_error: Tensor
-    singular_value: Tensor
-    singular_value_error: Tensor
+    radius: Tensor = merged("append", dim=1)
+    radius_error: Tensor = merged("append", dim=1)
+    singular_value: Tensor = merged("append", dim=1)
+    singular_value_error: Tensor = merged("append", dim=1)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per iteration, prompt and position (missing for the whole sequence)."""
@@ -55,25 +62,24 @@ class JacobianSpectrum(Result):
                 "iteration": t,
                 "prompt": p,
                 "position": None if self.positions is None else self.positions[k],
-                "radius": float(self.radius[i, p, k]),
-                "radius_error": float(self.radius_error[i, p, k]),
-                "singular_value": float(self.singular_value[i, p, k]),
-                "singular_value_error": float(self.singular_value_error[i, p, k]),
+                **{name: float(getattr(self, name)[i, p, k]) for name in _VALUES},
             }
             for i, t in enumerate(self.iterations)
             for p in range(self.radius.shape[1])
             for k in range(self.radius.shape[2])
+            if not self.radius[i, p, k].isnan()
         ]
         return pd.DataFrame(rows).astype({"position": "Int64"})
 
     def plot(self) -> Any:
         """Both against the iteration: means, and the range over prompts and positions; not shown."""
-        flat = {"spectral radius": self.radius.flatten(1), "singular value": self.singular_value.flatten(1)}
+        there = ~self.radius[0].isnan()
+        values = {"spectral radius": self.radius[:, there], "singular value": self.singular_value[:, there]}
         return line_figure(
-            {name: values.mean(1) for name, values in flat.items()},
+            {name: each.mean(1) for name, each in values.items()},
             ylabel="leading value of the Jacobian",
             ticks=self.iterations,
-            bands={name: (values.amin(1), values.amax(1)) for name, values in flat.items()},
+            bands={name: (each.amin(1), each.amax(1)) for name, each in values.items()},
             level=(1, None),
             marker="o",
         )
@@ -81,23 +87,23 @@ class JacobianSpectrum(Result):
 
 def spectral_radius(
     model: HookedLoopedTransformer,
-    tokens: Any,
+    prompts: Any,
     *,
     iteration: Iteration,
     steps: int = 40,
     seed: int = 0,
     segment: str | None = None,
     state: Float[Tensor, "prompt pos d_model"] | None = None,
-) -> float:
-    """Spectral radius of one iteration's Jacobian, from its state to the next, over the whole sequence.
+) -> Float[Tensor, " prompt"]:
+    """Spectral radius of one iteration's Jacobian over each whole prompt, from its state to the next.
 
     Below 1 the iteration contracts near this state, in the long run. The largest eigenvalue's modulus is
     that of the largest Ritz value of an Arnoldi process on vector-Jacobian products (a matrix and its
     transpose have the same eigenvalues), which unlike plain power iteration also finds complex pairs.
 
     Args:
-        model: The model.
-        tokens: Text, or tokens [prompt pos]; prompts do not interact, so the radius is the largest of all.
+        model: The model; attention must be ``"eager"`` or ``"sdpa"``.
+        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.prompts.read_prompts`.
         iteration: The iteration.
         steps: Size of the Krylov space; more is more exact.
         seed: Seed of the first vector.
@@ -106,50 +112,37 @@ def spectral_radius(
 
     Raises:
         UnknownNameError: If there is no such iteration.
-        ValueError: If steps is below 1, or the state of another shape.
+        ValueError: If steps is below 1, there are no prompts, or the state has another shape.
         DivergedError: If the state is NaN or infinite; names the first iteration.
+
+    Example:
+        >>> radius = loop_lens.dynamics.spectral_radius(model, prompts, iteration=7, steps=4)
+        >>> radius.shape, bool((radius < 1).all())  # of each prompt: the last iteration contracts
+        (torch.Size([2]), True)
 
     Source:
         Spectral radius of the loop's Jacobian: arXiv 2605.26733, by power iteration there.
     """
-    return _largest("radius", model, tokens, iteration, steps, seed, segment, state)
-
-
-def leading_singular_value(
-    model: HookedLoopedTransformer,
-    tokens: Any,
-    *,
-    iteration: Iteration,
-    steps: int = 20,
-    seed: int = 0,
-    segment: str | None = None,
-    state: Float[Tensor, "prompt pos d_model"] | None = None,
-) -> float:
-    """Leading singular value of one iteration's Jacobian over the whole sequence.
-
-    It is the most that one iteration stretches a small difference. Below 1 every difference shrinks at
-    once; above 1 with a spectral radius below 1, some grow before they shrink.
-
-    Args:
-        model: The model; attention must be ``"eager"`` or ``"sdpa"``.
-        tokens: Text, or tokens [prompt pos]; the largest value of all prompts.
-        iteration: The iteration.
-        steps: Size of the Krylov spaces; more is more exact.
-        seed: Seed of the first vector.
-        segment: The loop; the innermost by default.
-        state: Where to take the Jacobian; by default the state that enters the iteration in this run.
-
-    Raises:
-        UnknownNameError: If there is no such iteration.
-        ValueError: If steps is below 1, or the state of another shape.
-        DivergedError: If the state is NaN or infinite; names the first iteration.
-    """
-    return _largest("singular_value", model, tokens, iteration, steps, seed, segment, state)
+    _require_positive(steps=steps)
+    segment = segment or model.schedule.innermost_loop
+    tokens = list(read_prompts(model, prompts))
+    radius = torch.zeros(len(tokens), dtype=torch.float64)
+    for rows in _rows(tokens, [[0]] * len(tokens), len(tokens)):
+        step = IterationMap(
+            model,
+            rows.tokens,
+            iteration=iteration,
+            segment=segment,
+            state=_states_of(rows, state, tokens),
+            prompts=torch.tensor(rows.prompts),
+        )
+        radius[rows.prompts] = largest_eigenvalue(step.vjp, *step.shape, steps=steps, seed=seed).value
+    return radius
 
 
 def jacobian_spectrum(
     model: HookedLoopedTransformer,
-    tokens: Any,
+    prompts: Any,
     *,
     iterations: Sequence[Iteration] | None = None,
     positions: Sequence[int] | Literal["all"] | None = None,
@@ -173,9 +166,10 @@ def jacobian_spectrum(
 
     Args:
         model: The model; attention must be ``"eager"`` or ``"sdpa"``.
-        tokens: Text, or tokens [prompt pos].
+        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.prompts.read_prompts`.
         iterations: Which; all by default.
-        positions: Positions to take one by one, or ``"all"``; the whole sequence by default.
+        positions: Positions to take one by one (negative ones count from each prompt's end), or ``"all"``;
+            the whole sequence by default.
         steps: Size of the Krylov spaces; more is more exact.
         seed: Seed of the first vectors.
         segment: The loop; the innermost by default.
@@ -185,73 +179,99 @@ def jacobian_spectrum(
 
     Raises:
         UnknownNameError: If there is no such iteration.
-        ValueError: If steps or batch_size is below 1, a position does not exist, or the state has
-            another shape.
+        ValueError: If steps or batch_size is below 1, there are no prompts, a position does not exist, or the
+            state has another shape.
         DivergedError: If a state is NaN or infinite; names the first iteration.
+
+    Example:
+        >>> spectrum = loop_lens.dynamics.jacobian_spectrum(
+        ...     model, prompts, iterations=[7], positions=[-1], steps=4, progress=False
+        ... )
+        >>> spectrum.to_dataframe()[["iteration", "prompt", "position"]].values.tolist()
+        [[7, 0, 10], [7, 1, 8]]
     """
     _require_positive(steps=steps, batch_size=batch_size)
     segment = segment or model.schedule.innermost_loop
-    ids = read_together(model, tokens, "tokens")
-    n_pos = ids.shape[1]
+    tokens = list(read_prompts(model, prompts))
     chosen = tuple(model.schedule.iterations(segment) if iterations is None else iterations)
     for t in chosen:
         model.name("state_in", iteration=t, segment=segment)
-    if positions is not None:
-        asked = range(n_pos) if positions == "all" else positions
-        missing = [p for p in asked if not -n_pos <= p < n_pos]
-        if missing:
-            raise ValueError(f"position {missing[0]} does not exist: there are positions 0-{n_pos - 1}")
-        places = tuple(p % n_pos for p in asked)
-    else:
-        places = None
-    n_places = 1 if places is None else len(places)
-    rows = torch.arange(len(ids)).repeat_interleave(n_places)
-    position = None if places is None else torch.tensor(places).repeat(len(ids))
-    found = torch.zeros(4, len(chosen), len(rows), dtype=torch.float64)
-    work = [(i, start) for i in range(len(chosen)) for start in range(0, len(rows), batch_size)]
-    for i, start in tqdm(work, desc="Jacobians", delay=2, disable=not progress, leave=False):
-        part = slice(start, start + batch_size)
+    # Places are positions, or one for the whole sequence.
+    asked = [[0] if positions is None else _positions(positions, len(each)) for each in tokens]
+    places = list(dict.fromkeys(place for own in asked for place in own))
+    values = torch.full((4, len(chosen), len(tokens), len(places)), float("nan"), dtype=torch.float64)
+    work = [(i, rows) for i in range(len(chosen)) for rows in _rows(tokens, asked, batch_size)]
+    for i, rows in tqdm(work, desc="Jacobians", delay=2, disable=not progress, leave=False):
         step = IterationMap(
             model,
-            ids,
+            rows.tokens,
             iteration=chosen[i],
             segment=segment,
-            state=state,
-            rows=rows[part],
-            position=None if position is None else position[part],
+            state=_states_of(rows, state, tokens),
+            prompts=torch.tensor(rows.prompts),
+            position=None if positions is None else torch.tensor(rows.places),
         )
-        for k, of in enumerate(_BOTH):
-            leading = _leading(of, step, steps, seed)
-            found[2 * k, i, part], found[2 * k + 1, i, part] = leading.value, leading.error
-    grid = found.reshape(4, len(chosen), len(ids), n_places)
-    return JacobianSpectrum(segment, chosen, places, *grid)
+        radius = largest_eigenvalue(step.vjp, *step.shape, steps=steps, seed=seed)
+        stretch = largest_singular_value(step.jvp, step.vjp, *step.shape, steps=steps, seed=seed)
+        at = [places.index(place) for place in rows.places]
+        values[:, i, rows.prompts, at] = torch.stack([*radius, *stretch])
+    return JacobianSpectrum(segment, chosen, None if positions is None else tuple(places), *values)
 
 
-def _leading(of: Of, step: IterationMap, steps: int, seed: int) -> Leading:
-    if of == "radius":
-        return largest_eigenvalue(step.vjp, step.rows, step.size, steps=steps, seed=seed)
-    return largest_singular_value(step.jvp, step.vjp, step.rows, step.size, steps=steps, seed=seed)
+class _Rows(NamedTuple):
+    """Rows of a forward: each one's tokens, prompt, and place of that prompt."""
+
+    tokens: Int[Tensor, "row pos"]
+    prompts: list[int]
+    places: list[int]
 
 
-def _largest(
-    of: Of,
-    model: HookedLoopedTransformer,
-    tokens: Any,
-    iteration: Iteration,
-    steps: int,
-    seed: int,
-    segment: str | None,
-    state: Tensor | None,
-) -> float:
-    _require_positive(steps=steps)
-    step = IterationMap(
-        model,
-        read_together(model, tokens, "tokens"),
-        iteration=iteration,
-        segment=segment or model.schedule.innermost_loop,
-        state=state,
-    )
-    return float(_leading(of, step, steps, seed).value.max())
+def _rows(tokens: Sequence[Tensor], places: Sequence[Sequence[int]], batch_size: int) -> Iterator[_Rows]:
+    """Every place of every prompt; rows of a batch are of equal length: padding would be in their Jacobian.
+
+    Raises:
+        ValueError: If there are no prompts.
+    """
+    if not tokens:
+        raise ValueError("there are no prompts")
+    for length in dict.fromkeys(len(each) for each in tokens):
+        own = [(p, place) for p, each in enumerate(tokens) if len(each) == length for place in places[p]]
+        for start in range(0, len(own), batch_size):
+            part = own[start : start + batch_size]
+            together = torch.stack([tokens[p] for p, _ in part])
+            yield _Rows(together, [p for p, _ in part], [place for _, place in part])
+
+
+def _states_of(
+    rows: _Rows, state: Tensor | None, tokens: Sequence[Tensor]
+) -> Float[Tensor, "row pos d_model"] | None:
+    """The given states of some rows.
+
+    Raises:
+        ValueError: If there is not one state per prompt, as long as the prompt.
+    """
+    if state is None:
+        return None
+    lengths = sorted({len(each) for each in tokens})
+    if state.ndim != 3 or len(state) != len(tokens) or lengths != [state.shape[1]]:
+        raise ValueError(
+            f"state has shape {tuple(state.shape)}, but it is [prompt pos d_model] and there are {len(tokens)} "
+            f"prompts of {', '.join(map(str, lengths))} tokens"
+        )
+    return state[rows.prompts]
+
+
+def _positions(positions: Sequence[int] | Literal["all"], length: int) -> list[int]:
+    """Positions of a prompt, counted from its start.
+
+    Raises:
+        ValueError: If the prompt has no such position.
+    """
+    asked = range(length) if positions == "all" else positions
+    missing = [p for p in asked if not -length <= p < length]
+    if missing:
+        raise ValueError(f"position {missing[0]} does not exist: there are positions 0-{length - 1}")
+    return [p % length for p in asked]
 
 
 def _require_positive(**options: int) -> None:

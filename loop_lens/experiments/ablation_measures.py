@@ -184,9 +184,8 @@ def measure_cell(
                         model, prompts, reference=how.reference, patterns=False, progress=progress
                     )
                     few = prompts[: how.krylov_prompts]
-                    radius[state] = spectral_radius(
-                        model, few, iteration=how.iterations - 1, steps=how.krylov
-                    )
+                    last = how.iterations - 1
+                    radius[state] = float(spectral_radius(model, few, iteration=last, steps=how.krylov).max())
             except DivergedError:
                 radius[state] = math.nan
         if state == "trained":

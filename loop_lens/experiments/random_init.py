@@ -237,7 +237,8 @@ def measure_one(spec: RandomModel, model: HookedLoopedTransformer, settings: Set
     radius = math.nan
     if settings.krylov:
         few = tokens[:1, :16]
-        radius = spectral_radius(model, few, iteration=settings.recurrences - 1, steps=settings.krylov)
+        radii = spectral_radius(model, few, iteration=settings.recurrences - 1, steps=settings.krylov)
+        radius = float(radii.max())
     means = {name: values.mean(-1) for name, values in curves.items()}
     return Measured(spec.asdict(), {**means, "matrix_distance": whole.mean(-1)}, degeneracy, kinds, radius)
 

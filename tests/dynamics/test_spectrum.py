@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loop_lens import HookedLoopedTransformer, UnknownNameError
-from loop_lens.dynamics import JacobianSpectrum, jacobian_spectrum, leading_singular_value, spectral_radius
+from loop_lens.dynamics import JacobianSpectrum, jacobian_spectrum, spectral_radius
 from loop_lens.dynamics.krylov import largest_eigenvalue, largest_singular_value
 from loop_lens.dynamics.linearised import IterationMap
 from loop_lens.measuring.moments import DivergedError
@@ -53,9 +53,8 @@ def test_a_linear_loop_in_closed_form() -> None:
     model = loop_of(matrix, inject=1.0, recurrences=3)
     radius = float(np.abs(np.linalg.eigvals(matrix.numpy())).max())
     stretch = float(np.linalg.svd(matrix.numpy(), compute_uv=False)[0])
-    assert leading_singular_value(model, "w1 w2 w3", iteration=1, steps=60) == pytest.approx(
-        stretch, rel=1e-4
-    )
+    found = jacobian_spectrum(model, "w1 w2 w3", iterations=[1], steps=60)
+    assert found.singular_value.item() == pytest.approx(stretch, rel=1e-4)
     for positions in (None, "all"):
         found = jacobian_spectrum(model, "w1 w2 w3", positions=positions, steps=24)  # type: ignore[arg-type]
         assert torch.allclose(found.radius, torch.tensor(radius, dtype=torch.float64), rtol=2e-2)
@@ -66,7 +65,8 @@ def test_a_linear_loop_in_closed_form() -> None:
 
 def test_a_rotation_keeps_every_length() -> None:
     model = loop_of(rotation(24, 0.6, scale=0.9))
-    assert leading_singular_value(model, "w1 w2", iteration=2) == pytest.approx(0.9, rel=1e-5)
+    found = jacobian_spectrum(model, "w1 w2", iterations=[2], steps=20)
+    assert found.singular_value.item() == pytest.approx(0.9, rel=1e-5)
     assert spectral_radius(model, "w1 w2", iteration=2) == pytest.approx(0.9, rel=1e-5)
 
 
@@ -149,8 +149,42 @@ def test_the_table_the_picture_and_the_file(tmp_path: Path) -> None:
     assert row.radius.item() == float(found.radius[3, 1, 1])
     assert len(found.plot().axes[0].lines) == 3
     found.save(tmp_path / "spectrum")
-    assert torch.equal(JacobianSpectrum.load(tmp_path / "spectrum").singular_value, found.singular_value)
+    again = JacobianSpectrum.load(tmp_path / "spectrum")
+    assert torch.equal(again.singular_value, found.singular_value)
+    assert again.to_dataframe().equals(table) and again.positions == found.positions
     found.to_parquet(tmp_path / "spectrum.parquet")
+
+
+def test_prompts_of_several_lengths_are_as_alone() -> None:
+    model = opened("huginn")
+    texts = [torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6, 7, 8]), torch.tensor([9, 8, 7])]
+    last = model.recurrences - 1
+    together = spectral_radius(model, texts, iteration=last, steps=200)
+    alone = [spectral_radius(model, each, iteration=last, steps=200).item() for each in texts]
+    assert together.tolist() == pytest.approx(alone, rel=1e-3)
+    found = jacobian_spectrum(model, texts, iterations=[last], positions=[0, -1], steps=99)
+    assert found.positions == (0, 2, 4)
+    assert found.radius[0].isnan().tolist() == [
+        [False, False, True],
+        [False, True, False],
+        [False, False, True],
+    ]
+    single = jacobian_spectrum(model, texts[1], iterations=[last], positions=[-1], steps=99)
+    assert found.singular_value[0, 1, 2].item() == pytest.approx(single.singular_value.item(), rel=1e-3)
+    assert len(found.to_dataframe()) == 6 and len(found.plot().axes[0].lines) == 3
+    parts = [jacobian_spectrum(model, each, iterations=[last], steps=9) for each in texts]
+    merged = parts[0].merge(parts[1]).merge(parts[2])
+    assert merged.radius[0, :, 0].tolist() == [part.radius.item() for part in parts]
+
+
+def test_rows_keep_their_own_initial_state() -> None:
+    model = opened("huginn")
+    tokens, _ = prompts(model, length=3)
+    model.initial_state = torch.randn(2, 3, model.cfg.d_model, generator=torch.Generator().manual_seed(3))
+    found = jacobian_spectrum(model, tokens, iterations=[0], positions="all", steps=99, batch_size=2)
+    model.initial_state = model.initial_state[1:]
+    alone = jacobian_spectrum(model, tokens[1], iterations=[0], positions="all", steps=99)
+    assert torch.allclose(found.radius[:, 1:], alone.radius, rtol=1e-4)
 
 
 def test_bad_requests() -> None:
@@ -161,7 +195,7 @@ def test_bad_requests() -> None:
     with pytest.raises(ValueError, match="position 3 does not exist: there are positions 0-2"):
         jacobian_spectrum(model, tokens, positions=[3])
     with pytest.raises(ValueError, match="steps must be at least 1"):
-        leading_singular_value(model, tokens, iteration=0, steps=0)
+        jacobian_spectrum(model, tokens, steps=0)
     with pytest.raises(ValueError, match="state has shape"):
         spectral_radius(model, tokens, iteration=0, state=torch.zeros(1, 3, 64))
     blow_up = (model.name("state_out", iteration=1), lambda value, hook: value * math.nan)
