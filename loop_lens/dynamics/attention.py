@@ -203,15 +203,6 @@ def _first_settled(over: Tensor, *, closed: bool) -> Tensor:
     return torch.where(never, float("nan"), first)
 
 
-def by_head(moments: Moments, names: Sequence[str]) -> Moments:
-    """Moments of metrics called ``name.head``, head by head for each name, with heads as the last axis."""
-    heads = len(moments.metrics) // len(names)
-    kept = ("count", "total", "squares", "prompts", "prompt_total", "prompt_squares")
-    sums = [getattr(moments, name) for name in kept]
-    sums = [each.reshape(len(names), heads, *each.shape[1:]).movedim(1, -1) for each in sums]
-    return Moments({**moments.axes, "head": tuple(range(heads))}, tuple(names), *sums)
-
-
 class AttentionSettlingProbe(LoopProbe):
     """Measures `AttentionSettling` in a run of `loop_lens.measuring.measure`.
 
@@ -249,11 +240,8 @@ class AttentionSettlingProbe(LoopProbe):
         self.names = ["norm", *(f"{metric}_step" for metric in self.metrics)]
         if reference:
             self.names += [f"{metric}_distance" for metric in self.metrics]
-        self._collector = Collector(
-            # One cell takes all heads at once: head by head would cost a call for each.
-            [f"{name}.{head}" for name in self.names for head in range(self._heads)],
-            {"iteration": self.iterations, "layer": range(self.n_layers)},
-        )
+        axes = {"iteration": self.iterations, "layer": range(self.n_layers), "head": range(self._heads)}
+        self._collector = Collector(self.names, axes)
         self._settled = torch.zeros(len(self.iterations), self.n_layers, self._heads, dtype=torch.float64)
         self._prompts = 0
         self._before: dict[int, Tensor] = {}
@@ -293,15 +281,15 @@ class AttentionSettlingProbe(LoopProbe):
 
     def _put(self, name: str, cell: tuple[int, int], rows: Tensor, *, whole: bool) -> Tensor:
         """Collect values of each query [prompt head query]; returns each prompt's own [prompt head]."""
-        start = self.names.index(name) * self._heads
-        here = slice(start, start + self._heads)
+        place = self.names.index(name)
+        here = slice(place, place + 1)
         real = rows.masked_fill(~self._mask[:, None], 0.0)
         if whole:
             each = real.norm(dim=-1)
-            self._collector.put(here, cell, each.T.unsqueeze(-1))
+            self._collector.put(here, cell, each.T.unsqueeze(0))
         else:
             each = real.sum(-1) / self._mask.sum(-1, keepdim=True)
-            self._collector.put(here, cell, real.transpose(0, 1), self._mask)
+            self._collector.put(here, cell, real.transpose(0, 1).unsqueeze(0), self._mask)
         return each
 
     def end(self) -> None:
@@ -324,7 +312,7 @@ class AttentionSettlingProbe(LoopProbe):
             eps=self._eps,
             prompts=self._prompts,
             settled_prompts=self._settled.clone(),
-            moments=by_head(self._collector.moments(), self.names),
+            moments=self._collector.moments(),
         )
 
 

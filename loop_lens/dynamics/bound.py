@@ -34,7 +34,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loop_lens.bridge.model import HookedLoopedTransformer
-from loop_lens.dynamics.attention import by_head
 from loop_lens.dynamics.distances import frobenius_rows, require_two_tokens, total_variation
 from loop_lens.dynamics.states import LoopProbe, layer_of
 from loop_lens.figures.lines import line_figure
@@ -148,10 +147,8 @@ class AttentionBoundProbe(LoopProbe):
         ]
         self._scale = [_scaling(a) for a in self._attentions]
         self._heads = self.kappa.shape[1]
-        self._collector = Collector(
-            [f"{name}.{head}" for name in _METRICS for head in range(self._heads)],
-            {"iteration": self.iterations, "layer": range(self.n_layers)},
-        )
+        axes = {"iteration": self.iterations, "layer": range(self.n_layers), "head": range(self._heads)}
+        self._collector = Collector(_METRICS, axes)
         shape = (len(self.iterations), self.n_layers, self._heads)
         self.worst = {name: torch.full(shape, float("nan"), dtype=torch.float64) for name in RATIOS}
         self._inputs: dict[int, Tensor] = {}
@@ -173,7 +170,7 @@ class AttentionBoundProbe(LoopProbe):
         x = self._inputs.pop(layer)
         sizes = self._sizes(x, self._constant[layer])
         cell = (self._row[site.iteration], layer)
-        self._collector.put(slice(0, self._heads), cell, sizes[1].expand(self._heads, -1).unsqueeze(-1))
+        self._collector.put(slice(0, 1), cell, sizes[1].expand(1, self._heads, -1))
         before = self._before.get(layer)
         if before is not None:
             self._compare(cell, value, x, sizes, *before)
@@ -222,7 +219,7 @@ class AttentionBoundProbe(LoopProbe):
             rows / by_row.clamp_min(eps),
         )
         values = torch.stack([measured, bound, stated, rows, by_row, *ratios])
-        self._collector.put(slice(self._heads, None), cell, values.flatten(0, 1).unsqueeze(-1))
+        self._collector.put(slice(1, None), cell, values)
         for name, ratio in zip(RATIOS, ratios, strict=True):
             place = self.worst[name][cell]
             place.copy_(torch.fmax(place, ratio.amax(-1).cpu()))
@@ -240,7 +237,7 @@ class AttentionBoundProbe(LoopProbe):
             kappa=self.kappa,
             kappa_product=self.kappa_product,
             worst={name: value.clone() for name, value in self.worst.items()},
-            moments=by_head(self._collector.moments(), _METRICS),
+            moments=self._collector.moments(),
         )
 
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
 from loop_lens.bridge.model import HookedLoopedTransformer
-from loop_lens.dynamics.states import LoopProbe, layer_of
+from loop_lens.dynamics.states import LoopMeasured, LoopProbe, layer_of
 from loop_lens.figures.lines import line_figure
-from loop_lens.measuring.moments import Collector, Measured, Moments
+from loop_lens.measuring.moments import Collector, Moments
 from loop_lens.measuring.processes import shared
-from loop_lens.measuring.results import require_alike
 from loop_lens.measuring.run import measure
 from loop_lens.prompts.reader import Batch
 from loop_lens.unrolling.sites import Site
-from loop_lens.unrolling.tree import Iteration
 
 STREAM = ("norm", "floor")
 STEP = ("step", "relative_step", "step_cosine")
@@ -29,7 +26,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
-class Convergence(Measured):
+class Convergence(LoopMeasured):
     """How each layer settles, per iteration.
 
     Attributes:
@@ -42,36 +39,13 @@ class Convergence(Measured):
     reference: int | None
     moments: Moments
 
-    @property
-    def iterations(self) -> tuple[Iteration, ...]:
-        """The loop's iterations, in order."""
-        return self.moments.axes["iteration"]
-
-    @property
-    def n_layers(self) -> int:
-        """Layers of the loop."""
-        return len(self.moments.axes["layer"])
-
-    def merge(self, other: Convergence) -> Convergence:
-        """The result on both results' prompts.
-
-        Raises:
-            ValueError: If they are of different loops or references.
-        """
-        require_alike(self, other, "segment", "reference")
-        return replace(self, moments=self.moments.merge(other.moments))
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """One row per iteration and layer, with the mean and the spreads of each metric."""
-        return self.moments.to_dataframe()
-
     def plot(self, metric: str = "relative_step") -> Any:
         """One line per layer against the iteration, one prompt spread around it; a figure, not shown."""
         values, spread = self.mean(metric), self.std(metric, over="prompts")
         log, high = "cosine" not in metric, values + spread
         # On a logarithmic axis the band is as wide below as above, so that it never falls to zero.
         low = values**2 / high if log else values - spread
-        names = [f"layer {layer}" for layer in range(self.n_layers)]
+        names = [f"layer {layer}" for layer in self.layers]
         lines = dict(zip(names, values.T, strict=True))
         if metric in ("step", "distance"):
             lines["rounding"] = self.mean("floor")[:, 0]

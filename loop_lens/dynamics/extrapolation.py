@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -20,7 +20,6 @@ from loop_lens.lenses.readout import CHUNK
 from loop_lens.measuring.moments import Collector, DivergedError, Measured, Moments
 from loop_lens.measuring.probe import Probe
 from loop_lens.measuring.processes import shared
-from loop_lens.measuring.results import require_alike
 from loop_lens.measuring.run import batches_shown, measure
 from loop_lens.prompts.reader import Batch
 from loop_lens.unrolling.sites import Site
@@ -50,20 +49,6 @@ class Extrapolation(Measured):
     def recurrences(self) -> tuple[int, ...]:
         """The numbers of iterations, in order."""
         return self.moments.axes["recurrences"]
-
-    def merge(self, other: Extrapolation) -> Extrapolation:
-        """The result on both results' prompts.
-
-        Raises:
-            ValueError: If they are of different numbers of iterations.
-        """
-        require_alike(self, other, "trained", "recurrences")
-        mine, theirs = self.convergence, other.convergence
-        return replace(
-            self,
-            moments=self.moments.merge(other.moments),
-            convergence=mine.merge(theirs) if mine and theirs else None,
-        )
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per R: each metric's mean and spreads, and how the loop's last layer moves in iteration R - 1.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 
 from loop_lens.bridge.model import HookedLoopedTransformer
-from loop_lens.dynamics.states import Column, StateProbe, tidy
+from loop_lens.dynamics.states import LoopMeasured, StateProbe, tidy
 from loop_lens.figures.lines import line_figure
-from loop_lens.measuring.moments import Collector, Measured, Moments
+from loop_lens.measuring.moments import Collector, Moments
 from loop_lens.measuring.processes import shared
-from loop_lens.measuring.results import require_alike
 from loop_lens.measuring.run import measure
 from loop_lens.prompts.reader import Batch
 from loop_lens.unrolling.sites import Site
-from loop_lens.unrolling.tree import Iteration
 
 PATH = ("step", "drift_to_loop")
 TURNS = ("acceleration", "resolved")
@@ -32,7 +30,7 @@ _ROUNDING = 10
 
 
 @dataclass(frozen=True)
-class StepGeometry(Measured):
+class StepGeometry(LoopMeasured):
     """How the trajectories of tokens run, per iteration and layer.
 
     Attributes:
@@ -43,25 +41,6 @@ class StepGeometry(Measured):
 
     segment: str
     moments: Moments
-
-    @property
-    def iterations(self) -> tuple[Iteration, ...]:
-        """The loop's iterations, in order."""
-        return self.moments.axes["iteration"]
-
-    @property
-    def layers(self) -> tuple[Column, ...]:
-        """The loop's layers, then ``"state"``."""
-        return self.moments.axes["layer"]
-
-    def merge(self, other: StepGeometry) -> StepGeometry:
-        """The result on both results' prompts.
-
-        Raises:
-            ValueError: If they are of different loops.
-        """
-        require_alike(self, other, "segment")
-        return replace(self, moments=self.moments.merge(other.moments))
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per iteration and layer (missing at the state), with means and spreads."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -16,7 +16,7 @@ from loop_lens.dynamics.limits import LEAST, LIMIT_KINDS, Of, limiting_behaviour
 from loop_lens.dynamics.states import Column, StateProbe, tidy
 from loop_lens.figures.canvas import new_figure
 from loop_lens.measuring.processes import shared
-from loop_lens.measuring.results import Result, require_alike
+from loop_lens.measuring.results import Result, merged
 from loop_lens.measuring.run import measure
 from loop_lens.prompts.reader import Batch
 from loop_lens.unrolling.sites import Site
@@ -43,6 +43,7 @@ class LimitTable(Result):
             gradient of sliders [n tau rho layer 3].
         moving: The tokens that are no fixed points at the first n, tau and rho, as columns: ``prompt``,
             ``position``, ``layer`` and ``kind`` (indices), ``frequency``, ``amplitude``, ``gradient`` [token].
+            Prompts keep their numbers when results merge.
     """
 
     segment: str
@@ -52,24 +53,14 @@ class LimitTable(Result):
     n: tuple[int, ...]
     tau: tuple[float, ...]
     rho: tuple[float, ...]
-    counts: Tensor
-    sums: Tensor
-    moving: dict[str, Tensor]
+    counts: Tensor = merged("add")
+    sums: Tensor = merged("add")
+    moving: dict[str, Tensor] = merged("append")
 
     @property
     def percent(self) -> Tensor:
         """Share of tokens of each kind, in percent [n tau rho layer kind]."""
         return 100 * self.counts / self.counts.sum(-1, keepdim=True)
-
-    def merge(self, other: LimitTable) -> LimitTable:
-        """The result on both results' prompts. Prompts in ``moving`` keep their numbers.
-
-        Raises:
-            ValueError: If they were measured in different ways.
-        """
-        require_alike(self, other, "segment", "of", "reference", "layers", "n", "tau", "rho")
-        moving = {name: torch.cat([column, other.moving[name]]) for name, column in self.moving.items()}
-        return replace(self, counts=self.counts + other.counts, sums=self.sums + other.sums, moving=moving)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per n, tau, rho and layer (missing at the state): percent of tokens that are not fixed

@@ -164,7 +164,7 @@ class _Sums:
 
     def moments(self) -> Moments:
         """What has been added so far."""
-        return Moments(self.axes, self.metrics, *self.sums.clone())
+        return Moments(self.axes, self.metrics, self.sums.clone())
 
 
 class FiringSimilarityProbe(Probe):

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 import torch
@@ -19,7 +19,7 @@ from loop_lens.dynamics.states import LoopProbe
 from loop_lens.figures.lines import line_figure
 from loop_lens.measuring.moments import Collector, Moments
 from loop_lens.measuring.processes import shared
-from loop_lens.measuring.results import Result, require_alike
+from loop_lens.measuring.results import Result
 from loop_lens.measuring.run import Hook, measure, values_at
 from loop_lens.prompts.reader import Batch, device_of, read_prompts
 from loop_lens.unrolling.sites import Site
@@ -65,16 +65,15 @@ class PathIndependence(Result):
         i = self.positions.metrics.index("worst_cosine")
         return float(self.positions.total[i, -1].sum() / self.positions.count[i, -1].sum())
 
-    def merge(self, other: PathIndependence) -> PathIndependence:
+    def merge(self, other: Self) -> Self:
         """The result on both results' prompts.
 
         Raises:
             ValueError: If they are of different loops or initial states.
         """
-        require_alike(self, other, "segment", "starts")
         length = max(len(each.positions.axes["position"]) for each in (self, other))
-        places = [_padded(each.positions, length) for each in (self, other)]
-        return replace(self, pairs=self.pairs.merge(other.pairs), positions=places[0].merge(places[1]))
+        one, two = (replace(each, positions=_padded(each.positions, length)) for each in (self, other))
+        return super(PathIndependence, one).merge(two)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per iteration and pair, with means and spreads over tokens; see also ``positions``."""
@@ -244,15 +243,13 @@ class _Places:
     def moments(self) -> Moments:
         """As moments; every prompt has one value at a position."""
         axes = {"iteration": self.iterations, "position": tuple(range(self.sums.shape[-1]))}
-        count, total, squares = self.sums
-        return Moments(axes, PLACE, count, total, squares, count, total, squares)
+        return Moments(axes, PLACE, torch.cat([self.sums, self.sums]))
 
 
 def _padded(moments: Moments, length: int) -> Moments:
     more = length - len(moments.axes["position"])
-    names = ("count", "total", "squares", "prompts", "prompt_total", "prompt_squares")
-    grown = {name: torch.nn.functional.pad(getattr(moments, name), (0, more)) for name in names}
-    return replace(moments, axes={**moments.axes, "position": tuple(range(length))}, **grown)
+    axes = {**moments.axes, "position": tuple(range(length))}
+    return replace(moments, axes=axes, sums=torch.nn.functional.pad(moments.sums, (0, more)))
 
 
 def _requested(

@@ -8,7 +8,7 @@ import pandas as pd
 from torch import Tensor
 
 from loop_lens.bridge.model import HookedLoopedTransformer
-from loop_lens.measuring.moments import DivergedError
+from loop_lens.measuring.moments import DivergedError, Measured
 from loop_lens.measuring.probe import Probe
 from loop_lens.prompts.reader import Batch
 from loop_lens.unrolling.sites import Site
@@ -17,6 +17,20 @@ from loop_lens.unrolling.tree import Iteration
 STATE = "state"
 """The label, among layers, of the state that leaves an iteration."""
 Column = int | str
+
+
+class LoopMeasured(Measured):
+    """Base of results whose cells are a loop's iterations and layers."""
+
+    @property
+    def iterations(self) -> tuple[Iteration, ...]:
+        """The loop's iterations, in order."""
+        return self.moments.axes["iteration"]
+
+    @property
+    def layers(self) -> tuple[Column, ...]:
+        """The loop's layers; where the state between iterations was measured, ``"state"`` comes last."""
+        return self.moments.axes["layer"]
 
 
 class LoopProbe(Probe):

@@ -117,7 +117,7 @@ def summary(found: Dynamics) -> pd.DataFrame:
     last = found.convergence
     limits: Any = found.limits.to_dataframe()
     limits = limits[limits["site"] == "resid_post"].drop_duplicates("layer")
-    columns: dict[str, Any] = {"layer": range(last.n_layers)}
+    columns: dict[str, Any] = {"layer": last.layers}
     for metric in (
         "norm",
         "step",

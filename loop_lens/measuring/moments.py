@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from loop_lens.measuring.results import Result, require_alike
+from loop_lens.measuring.results import Result, merged
 
 Over = Literal["values", "prompts"]
 
@@ -27,51 +27,70 @@ class Moments(Result):
     Attributes:
         axes: The grid's axes in order, each with its labels, e.g. ``{"iteration": (0, 1), "layer": (0,)}``.
         metrics: Names of the metrics.
-        count: How many values went in [metric *cell].
-        total: Their sum [metric *cell].
-        squares: The sum of their squares [metric *cell].
-        prompts: How many prompts had any [metric *cell].
-        prompt_total: The sum of the prompts' own means [metric *cell].
-        prompt_squares: The sum of these means' squares [metric *cell].
+        sums: Of all values their `count`, `total` and `squares`, then of the prompts' own means the same:
+            `prompts`, `prompt_total`, `prompt_squares` [6 metric *cell].
+
+    Example:
+        >>> from loop_lens.measuring import Moments
+        >>> ones = torch.ones(1, 2, dtype=torch.float64)  # metric iteration
+        >>> sums = torch.stack([4 * ones, 8 * ones, 20 * ones, ones, 2 * ones, 4 * ones])
+        >>> moments = Moments({"iteration": (0, 1)}, ("norm",), sums)
+        >>> moments.mean("norm").tolist(), moments.std("norm").tolist()
+        ([2.0, 2.0], [1.0, 1.0])
+        >>> moments.merge(moments).count.tolist()
+        [[8.0, 8.0]]
     """
 
     axes: dict[str, tuple[Any, ...]]
     metrics: tuple[str, ...]
-    count: Tensor
-    total: Tensor
-    squares: Tensor
-    prompts: Tensor
-    prompt_total: Tensor
-    prompt_squares: Tensor
+    sums: Tensor = merged("add")
 
-    def _index(self, metric: str) -> int:
+    @property
+    def count(self) -> Tensor:
+        """How many values went in [metric *cell]."""
+        return self.sums[0]
+
+    @property
+    def total(self) -> Tensor:
+        """Their sum [metric *cell]."""
+        return self.sums[1]
+
+    @property
+    def squares(self) -> Tensor:
+        """The sum of their squares [metric *cell]."""
+        return self.sums[2]
+
+    @property
+    def prompts(self) -> Tensor:
+        """How many prompts had any [metric *cell]."""
+        return self.sums[3]
+
+    @property
+    def prompt_total(self) -> Tensor:
+        """The sum of the prompts' own means [metric *cell]."""
+        return self.sums[4]
+
+    @property
+    def prompt_squares(self) -> Tensor:
+        """The sum of these means' squares [metric *cell]."""
+        return self.sums[5]
+
+    def _sums(self, metric: str, over: Over) -> Tensor:
+        """Number, sum and sum of squares of a metric's values, or of the prompts' means [3 *cell]."""
         if metric not in self.metrics:
             raise ValueError(f"metric {metric!r} is unknown: there are {', '.join(self.metrics)}")
-        return self.metrics.index(metric)
+        own = self.sums[:, self.metrics.index(metric)]
+        return own[3:] if over == "prompts" else own[:3]
 
     def mean(self, metric: str, *, over: Over = "values") -> Tensor:
         """Mean [*cell] over all values, or over the prompts' means; NaN where there is none."""
-        i = self._index(metric)
-        if over == "prompts":
-            return self.prompt_total[i] / self.prompts[i]
-        return self.total[i] / self.count[i]
+        n, total, _ = self._sums(metric, over)
+        return total / n
 
     def std(self, metric: str, *, over: Over = "values") -> Tensor:
         """Standard deviation [*cell] of all values, or of the prompts' means."""
-        i = self._index(metric)
-        mean = self.mean(metric, over=over)
-        n, squares = (self.prompts, self.prompt_squares) if over == "prompts" else (self.count, self.squares)
-        return (squares[i] / n[i] - mean**2).clamp_min(0).sqrt()
-
-    def merge(self, other: Moments) -> Moments:
-        """The moments of both results' values.
-
-        Raises:
-            ValueError: If they are of different grids or metrics.
-        """
-        require_alike(self, other, "axes", "metrics")
-        names = ("count", "total", "squares", "prompts", "prompt_total", "prompt_squares")
-        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in names})
+        n, total, squares = self._sums(metric, over)
+        return (squares / n - (total / n) ** 2).clamp_min(0).sqrt()
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per cell: the axes, then each metric's mean, spread, and spread over prompts' means."""
@@ -85,7 +104,16 @@ class Moments(Result):
 
 
 class Measured(Result):
-    """Base of results whose numbers are moments; what the cells are, each says of its ``moments``."""
+    """Base of results whose numbers are moments; what the cells are, each says of its ``moments``.
+
+    Example:
+        >>> from loop_lens.dynamics import convergence
+        >>> found = convergence(model, prompts, progress=False)
+        >>> found.metrics[:3]
+        ('norm', 'floor', 'step')
+        >>> found.std("step", over="prompts").shape  # iteration layer
+        torch.Size([8, 2])
+    """
 
     moments: Moments
 
@@ -102,6 +130,10 @@ class Measured(Result):
         """Standard deviation [*cell] of all values, or of the prompts' means."""
         return self.moments.std(metric, over=over)
 
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per cell, with the mean and the spreads of each metric."""
+        return self.moments.to_dataframe()
+
 
 class Collector:
     """Takes values while a batch runs, and adds them to moments when it is over.
@@ -109,6 +141,15 @@ class Collector:
     Args:
         metrics: Names of the metrics.
         axes: The grid's axes with their labels.
+
+    Example:
+        >>> from loop_lens.measuring import Collector
+        >>> collector = Collector(["norm"], {"layer": [0, 1], "head": [0, 1, 2]})
+        >>> collector.begin(n_prompts=2)
+        >>> collector.put(slice(0, 1), (1,), torch.ones(1, 3, 2))  # all heads of layer 1 at once
+        >>> collector.end()
+        >>> collector.moments().count[0].tolist()
+        [[0.0, 0.0, 0.0], [2.0, 2.0, 2.0]]
     """
 
     def __init__(self, metrics: Sequence[str], axes: Mapping[str, Sequence[Any]]) -> None:
@@ -125,25 +166,27 @@ class Collector:
     def put(
         self, metrics: slice, cell: tuple[int, ...], values: Tensor, weights: Tensor | None = None
     ) -> None:
-        """Values of neighbouring metrics at one cell.
+        """Values of neighbouring metrics at one cell, or at all cells along the last axes.
 
         Args:
             metrics: Which metrics, as a slice of their list.
-            cell: Index on each axis.
-            values: [metric prompt *several], all of whose entries count; or [metric prompt pos].
+            cell: Index on each axis, or on the first ones.
+            values: [metric *axis prompt *several], all of whose entries count, with the axes that the cell
+                leaves out; or [metric *axis prompt pos].
             weights: 1 where a position counts, 0 at padding [prompt pos].
         """
         batch = self._batch
         assert batch is not None, "begin() comes first"
-        wide = values.double().reshape(*values.shape[:2], -1)
+        lead = 2 + len(self.axes) - len(cell)
+        wide = values.double().reshape(*values.shape[:lead], -1)
         # Padding may hold anything, NaN included, so it is replaced rather than multiplied away.
         if weights is not None:
             wide = wide.masked_fill(~weights.bool(), 0.0)
             n = weights.sum(-1).double()
         else:
-            n = torch.full((wide.shape[1],), float(wide.shape[2]), dtype=torch.float64, device=wide.device)
+            n = torch.full((wide.shape[-2],), float(wide.shape[-1]), dtype=torch.float64, device=wide.device)
         here = (slice(None), metrics, *cell)
-        batch[here] += torch.stack([n.expand(wide.shape[:2]), wide.sum(-1), wide.square().sum(-1)])
+        batch[here] += torch.stack([n.expand(wide.shape[:-1]), wide.sum(-1), wide.square().sum(-1)])
 
     def end(self) -> None:
         """Add the batch to the moments.
@@ -173,4 +216,4 @@ class Collector:
 
     def moments(self) -> Moments:
         """What has been collected so far."""
-        return Moments(self.axes, self.metrics, *self._sums.clone())
+        return Moments(self.axes, self.metrics, self._sums.clone())

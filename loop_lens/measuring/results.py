@@ -169,7 +169,14 @@ def _filled(values: Tensor, dim: int, size: int, fill: float) -> Tensor:
 def require_alike(a: Result, b: Result, *names: str) -> None:
     """Raise unless two results that are to be merged have the same of everything named."""
     for name in names:
-        one, other = getattr(a, name), getattr(b, name)
-        same = torch.equal(one, other) if isinstance(one, Tensor) else one == other
-        if not same:
-            raise ValueError(f"these results do not merge: their {name} differ ({one} and {other})")
+        _require_same(name, getattr(a, name), getattr(b, name))
+
+
+def _require_same(name: str, one: Any, other: Any) -> None:
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        for key, value in one.items():
+            _require_same(key, value, other[key])
+        return
+    same = torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else one == other
+    if not same:
+        raise ValueError(f"these results do not merge: their {name} differ ({one} and {other})")

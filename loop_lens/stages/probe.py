@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from loop_lens.measuring.moments import Collector, Moments
+from loop_lens.measuring.moments import Collector
 from loop_lens.measuring.probe import Probe
 from loop_lens.measuring.processes import shared
 from loop_lens.measuring.run import measure, schedule_of
@@ -52,15 +52,13 @@ class StagesProbe(Probe):
         self.hooks = ("pattern", "resid_post") if patterns else ("resid_post",)
         self.tau, self.token = sink_tau, sink_token
         self._firings = tuple(schedule_of(model))
-        self._n_heads = int(model.cfg.n_heads) if patterns else 0
-        names = [*(ATTENTION if patterns else ()), *STREAM, *TOKENS]
-        self._pooled = len(names)
-        names += [f"{metric} {head}" for metric in HEADS for head in range(self._n_heads)]
-        self._names = names
-        start = names.index("matrix_entropy")
-        self._stream = slice(start, start + len(STREAM))
+        self._n_heads = int(model.cfg.n_heads)
+        pooled = ATTENTION if patterns else ()
+        self._stream = slice(len(pooled), len(pooled) + len(STREAM))
         self._tokens = slice(self._stream.stop, self._stream.stop + len(TOKENS))
-        self._collector = Collector(names, {"firing": [firing.prefix for firing in self._firings]})
+        axes = {"firing": [firing.prefix for firing in self._firings]}
+        self._collector = Collector((*pooled, *STREAM, *TOKENS), axes)
+        self._heads = Collector(HEADS, {**axes, "head": range(self._n_heads)}) if patterns else None
 
     def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
         """Start a batch.
@@ -85,7 +83,8 @@ class StagesProbe(Probe):
         self._lengths = lengths
         self._later = batch.mask.clone()
         self._later[:, 0] = False
-        self._collector.begin(len(batch.tokens), batch.tokens.device)
+        for collector in self._collectors:
+            collector.begin(len(batch.tokens), batch.tokens.device)
 
     def see(self, site: Site, value: Tensor) -> None:
         """Summarise a pattern or a stream."""
@@ -107,7 +106,8 @@ class StagesProbe(Probe):
         rates = (sink >= self.tau).to(sink.dtype)
         pooled = torch.stack([concentration, rates, mixing]).mean(-1)
         self._collector.put(slice(0, len(ATTENTION)), cell, pooled)
-        self._collector.put(slice(self._pooled, len(self._names)), cell, heads.transpose(1, 2).flatten(0, 1))
+        assert self._heads is not None, "without patterns, it sees none"
+        self._heads.put(slice(None), cell, heads.transpose(1, 2))
 
     def _see_stream(self, cell: tuple[int], resid: Tensor) -> None:
         shares = spectrum(resid, mask=self._mask)
@@ -121,32 +121,20 @@ class StagesProbe(Probe):
         )
         self._collector.put(self._tokens, cell, norms.unsqueeze(0), self._later)
 
+    @property
+    def _collectors(self) -> list[Collector]:
+        return [self._collector, *([] if self._heads is None else [self._heads])]
+
     def end(self) -> None:
         """Add the batch up."""
-        self._collector.end()
+        for collector in self._collectors:
+            collector.end()
 
     def result(self) -> Stages:
         """What was measured so far, by this process."""
-        every = self._collector.moments()
         firings = tuple((f.segment, f.iteration, f.layer, f.block) for f in self._firings)
-        pooled = _part(every, slice(0, self._pooled), tuple(self._names[: self._pooled]))
-        heads = None
-        if self._n_heads:
-            heads = _part(every, slice(self._pooled, len(self._names)), HEADS, head=range(self._n_heads))
-        return Stages(firings, self.tau, self.token, pooled, heads)
-
-
-def _part(every: Moments, here: slice, metrics: tuple[str, ...], **axis: range) -> Moments:
-    """Some of the metrics, with what their names count as an axis of its own."""
-    sizes = tuple(len(labels) for labels in axis.values())
-
-    def take(values: Tensor) -> Tensor:
-        part = values[here].unflatten(0, (len(metrics), *sizes))
-        return part.transpose(1, 2).contiguous() if sizes else part.clone()
-
-    names = ("count", "total", "squares", "prompts", "prompt_total", "prompt_squares")
-    axes = {**every.axes, **{name: tuple(labels) for name, labels in axis.items()}}
-    return Moments(axes, metrics, **{name: take(getattr(every, name)) for name in names})
+        heads = None if self._heads is None else self._heads.moments()
+        return Stages(firings, self.tau, self.token, self._collector.moments(), heads)
 
 
 def stages(

@@ -52,8 +52,8 @@ def test_against_the_cache(name: str) -> None:
             spread = float(values.double().std(correction=0))
             assert float(found.std(metric)[i, 0]) == pytest.approx(spread, rel=1e-2, abs=1e-4)
     assert found.mean("step")[0].isnan().all()
-    assert len(found.to_dataframe()) == len(its) * found.n_layers
-    assert len(found.plot("distance").axes[0].lines) == found.n_layers + 1
+    assert len(found.to_dataframe()) == len(its) * len(found.layers)
+    assert len(found.plot("distance").axes[0].lines) == len(found.layers) + 1
 
 
 @torch.no_grad()

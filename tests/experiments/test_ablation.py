@@ -179,7 +179,7 @@ def test_an_orbit_of_period_two_is_not_taken_for_a_fixed_point():
     values[2, 0::2] = 0.875
     ones = torch.ones_like(values)
     axes = {"iteration": tuple(range(8)), "layer": (0,)}
-    moments = Moments(axes, metrics, ones, values, values**2, ones, values, values**2)
+    moments = Moments(axes, metrics, torch.stack([ones, values, values**2] * 2))
     fake = replace(_fake(), moves={"trained": Convergence("loop", 12, moments)})
     row = fake.summary("trained")
     assert (row["relative_distance"], row["nearest"], row["cosine"]) == (0.5, 0.0, 0.875)
@@ -385,13 +385,11 @@ def _stages(mixing, outside=()):
     metrics = ("colsum_concentration", "mixing_score", "sink_rate")
     total = torch.stack([flat, flat, flat])
     ones = torch.ones_like(total)
-    pooled = Moments(
-        {"firing": tuple(map(str, firings))}, metrics, ones, total, total**2, ones, total, total**2
-    )
+    axes = {"firing": tuple(map(str, firings))}
+    pooled = Moments(axes, metrics, torch.stack([ones, total, total**2] * 2))
     each = torch.stack([flat, -flat], 1)[None]
     one = torch.ones_like(each)
-    axes = {"firing": tuple(map(str, firings)), "head": (0, 1)}
-    heads = Moments(axes, ("mixing_score",), one, each, each**2, one, each, each**2)
+    heads = Moments({**axes, "head": (0, 1)}, ("mixing_score",), torch.stack([one, each, each**2] * 2))
     return Stages(tuple(firings), 0.3, 0, pooled, heads)
 
 

@@ -25,7 +25,7 @@ def made(schedule: Schedule, values: Any) -> Stages:
     total = torch.as_tensor(values, dtype=torch.float64).reshape(1, n)
     one = torch.ones(1, n, dtype=torch.float64)
     axes = {"firing": tuple(f.prefix for f in schedule)}
-    moments = Moments(axes, ("matrix_entropy",), one, total, total**2, one, total, total**2)
+    moments = Moments(axes, ("matrix_entropy",), torch.stack([one, total, total**2] * 2))
     places = tuple((f.segment, f.iteration, f.layer, f.block) for f in schedule)
     return Stages(places, 0.3, 0, moments, None)
 
@@ -107,7 +107,7 @@ def test_bad_requests() -> None:
         stage_agreement(looped, reference, points=2)
     with pytest.raises(ValueError, match="no metric to compare"):
         stage_agreement(looped, reference, metrics=[])
-    with pytest.raises(ValueError, match="metric 'mixing' is unknown"):
+    with pytest.raises(ValueError, match="metric 'mixing_score' is unknown"):
         stage_agreement(looped, reference, metrics=["mixing_score"])
     with pytest.raises(ValueError, match="span='all' is unknown"):
         stage_agreement(looped, reference, span="all")  # type: ignore[arg-type]
