@@ -14,9 +14,9 @@ from loop_lens.dynamics.limits import (
     limiting_behaviour,
     limiting_behaviours,
 )
-from loop_lens.dynamics.pairs import FiringSimilarity, FiringSimilarityProbe, firing_similarity
 from loop_lens.dynamics.paths import PathIndependence, PathIndependenceProbe, path_independence
 from loop_lens.dynamics.projection import Trajectories, TrajectoriesProbe, trajectories
+from loop_lens.dynamics.similarity import FiringSimilarity, FiringSimilarityProbe, firing_similarity
 from loop_lens.dynamics.spectrum import JacobianSpectrum, jacobian_spectrum, spectral_radius
 
 __all__ = [

@@ -28,6 +28,13 @@ class StageAgreement(Result):
         rank_correlation: Spearman's [metric recurrence].
         rmse: Root mean square of their difference, in the metric's unit [metric recurrence].
         relative_rmse: The same over the reference curve's standard deviation [metric recurrence].
+
+    Example:
+        >>> from loop_lens.stages import StageAgreement
+        >>> values = torch.tensor([[0.9, 0.7]])  # one metric, two recurrences
+        >>> agreement = StageAgreement("model", ("sink_rate",), values, values, 1 - values, 1 - values)
+        >>> agreement.to_dataframe()["recurrence"].tolist()
+        [0, 1]
     """
 
     span: str
@@ -82,6 +89,18 @@ def stage_agreement(
     Raises:
         ValueError: If the first has no loop or the second has one, they share no metric, or points is
             below 3.
+
+    Example:
+        >>> from loop_lens.stages import stage_agreement, stages
+        >>> from transformer_lens.model_bridge.sources import build_bridge_from_module
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(vocab_size=model.cfg.d_vocab, n_embd=32, n_layer=4, n_head=4)
+        >>> plain = build_bridge_from_module(
+        ...     GPT2LMHeadModel(config), "GPT2LMHeadModel", hf_config=config, tokenizer=None
+        ... )
+        >>> tokens = model.to_tokens(prompt)
+        >>> stage_agreement(stages(model, tokens), stages(plain, tokens)).correlation.shape  # metric recurrence
+        torch.Size([8, 8])
     """
     if looped.recurrences == 0:
         raise ValueError("the first stages are of a model without a loop: give a looped model's first")

@@ -77,6 +77,13 @@ def colsum_concentration(
     Raises:
         ValueError: If the pattern is not square, or of one position.
 
+    Example:
+        >>> from loop_lens.stages import colsum_concentration
+        >>> sink = torch.zeros(4, 4)
+        >>> sink[:, 0] = 1
+        >>> colsum_concentration(torch.stack([sink, torch.eye(4)])).tolist()
+        [1.0, 0.0]
+
     Source:
         arXiv 2604.11791, ColSum concentration, with the 1/T that the printed formula leaves out: without
         it a pure sink has 65 at T = 64, not 1.
@@ -106,6 +113,12 @@ def sink_rate(
     Raises:
         ValueError: If there is no head dimension, or no such key.
 
+    Example:
+        >>> from loop_lens.stages import sink_rate
+        >>> _, cache = model.run_with_cache(prompt)
+        >>> sink_rate(cache["loop.7.blocks.0.attn.hook_pattern"]).tolist()  # of its four heads
+        [0.25]
+
     Source:
         arXiv 2604.11791, section on stages of inference.
     """
@@ -129,6 +142,11 @@ def mixing_score(
     Args:
         pattern: Attention [... query key], rows summing to 1.
         mask: Which positions count; all by default.
+
+    Example:
+        >>> from loop_lens.stages import mixing_score
+        >>> round(mixing_score(torch.full((4, 4), 0.25)).item(), 4)  # log 4
+        1.3863
 
     Source:
         arXiv 2604.11791, section on stages of inference.
@@ -173,11 +191,14 @@ def spectrum(
     return values / total.masked_fill(~sound, float("nan"))
 
 
-def _require_some(resid: Tensor, shares: Tensor, mask: Tensor | None) -> None:
+def _spectrum_of_some(resid: Tensor, mask: Tensor | None) -> Tensor:
+    """The `spectrum` of streams of which none may be all zeros."""
+    shares = spectrum(resid, mask=mask)
     if bool(shares.isnan().any()):
         kept = resid if mask is None else resid.masked_fill(~mask.unsqueeze(-1), 0.0)
         if bool((kept == 0).all(-1).all(-1).any()):
             raise ValueError("a stream of zeros has no singular directions")
+    return shares
 
 
 def matrix_entropy(
@@ -195,12 +216,15 @@ def matrix_entropy(
     Raises:
         ValueError: If a stream is all zeros.
 
+    Example:
+        >>> from loop_lens.stages import matrix_entropy
+        >>> round(matrix_entropy(torch.eye(4)).item(), 4)  # log 4
+        1.3863
+
     Source:
         arXiv 2604.11791, matrix-based entropy.
     """
-    shares = spectrum(resid, mask=mask)
-    _require_some(resid, shares, mask)
-    return entropy_of(shares).to(resid.dtype)
+    return entropy_of(_spectrum_of_some(resid, mask)).to(resid.dtype)
 
 
 def entropy_of(shares: Tensor) -> Tensor:
@@ -222,9 +246,12 @@ def anisotropy(
     Raises:
         ValueError: If a stream is all zeros.
 
+    Example:
+        >>> from loop_lens.stages import anisotropy
+        >>> anisotropy(torch.diag(torch.tensor([3.0, 1.0]))).item()  # 9 of 10
+        0.8999...
+
     Source:
         arXiv 2604.11791, anisotropy p_1.
     """
-    shares = spectrum(resid, mask=mask)
-    _require_some(resid, shares, mask)
-    return shares[..., -1].to(resid.dtype)
+    return _spectrum_of_some(resid, mask)[..., -1].to(resid.dtype)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -32,6 +33,13 @@ class NeuronFractions(Result):
             one without any.
         skew: Of the same [neuron].
         threshold: The kurtosis above which a neuron counts.
+
+    Example:
+        >>> neurons = loop_lens.stages.prediction_neurons(model, threshold=4.0)
+        >>> neurons.blocks
+        (('prelude', 0), ('loop', 0), ('loop', 1), ('coda', 0))
+        >>> neurons.prediction.round(decimals=2).tolist()  # of each block
+        [0.0, 0.03, 0.06, 0.09]
     """
 
     blocks: tuple[tuple[str, int], ...]
@@ -53,20 +61,20 @@ class NeuronFractions(Result):
     @property
     def sizes(self) -> Tensor:
         """Number of neurons of each block [block]."""
-        return torch.bincount(self.block, minlength=len(self.blocks))
-
-    def _fraction(self, which: Tensor) -> Tensor:
-        return torch.bincount(self.block[which], minlength=len(self.blocks)).double() / self.sizes
+        return self._number(torch.ones_like(self.block, dtype=torch.bool))
 
     @property
     def prediction(self) -> Tensor:
         """Fraction of prediction neurons [block]."""
-        return self._fraction(self.is_prediction)
+        return self._number(self.is_prediction).double() / self.sizes
 
     @property
     def suppression(self) -> Tensor:
         """Fraction of suppression neurons [block]."""
-        return self._fraction(self.is_suppression)
+        return self._number(self.is_suppression).double() / self.sizes
+
+    def _number(self, which: Tensor) -> Tensor:
+        return torch.bincount(self.block[which], minlength=len(self.blocks))
 
     @property
     def percent(self) -> Tensor:
@@ -111,7 +119,7 @@ class NeuronFractions(Result):
         Args:
             against: References to draw dashed over them, by name if several.
         """
-        figure, axes = new_figure(6, 3.2)
+        figure, axes = new_figure()
         references = {"reference": against} if isinstance(against, NeuronFractions) else dict(against or {})
         styles = ("--", ":", "-.")
         for k, (name, one) in enumerate([("", self), *references.items()]):
@@ -155,70 +163,81 @@ def prediction_neurons(
     Raises:
         ValueError: If a block has no MLP with output weights of its own, or weights are NaN or infinite.
 
+    Example:
+        >>> neurons = loop_lens.stages.prediction_neurons(model, threshold=4.0)
+        >>> neurons.to_dataframe()[["segment", "layer", "neurons"]].values.tolist()[:2]
+        [['prelude', 0, 128], ['loop', 0, 128]]
+
     Source:
         Gurnee et al. 2024, arXiv 2401.12181, section on prediction neurons; moments of cos(W_U, w_out),
         the threshold 10, and folding and centring (transformer-lens' defaults then) as in the authors'
         published code. Folding the MLP's own norm is ours: GPT-2 has none there.
     """
-    blocks, weights = _neurons(model)
+    blocks = _blocks(model)
     norm = _Fold(model.ln_final, int(model.cfg.d_model), "the final norm")
-    unembedding = _Unembedding(model.W_U.detach(), norm, unit_tokens)
-    sums = [torch.zeros(3, len(w), dtype=torch.float64) for w in weights]
-    steps = len(unembedding) * sum(-(-len(w) // _NEURONS) for w in weights)
+    unembedding: Tensor = model.W_U.detach()
+    n_tokens = unembedding.shape[1]
+    sizes = torch.tensor([len(block.weight) for block in blocks])
+    sums = [torch.zeros(3, n, dtype=torch.float64) for n in sizes.tolist()]
+    steps = math.ceil(n_tokens / _TOKENS) * sum(math.ceil(n / _NEURONS) for n in sizes.tolist())
     with tqdm(total=steps, desc="neurons", delay=2, disable=not progress, leave=False) as bar:
-        for tokens in unembedding:
-            for w, total in zip(weights, sums, strict=True):
-                for start in range(0, len(w), _NEURONS):
-                    here = slice(start, start + _NEURONS)
-                    rows = w.rows(here)
+        for tokens in _readers(unembedding, norm, unit_tokens):
+            for block, total in zip(blocks, sums, strict=True):
+                for here, rows in block.directions():
                     total[:, here] += _powers(rows @ tokens.to(rows.device).mT).cpu()
                     bar.update()
-    second, third, fourth = (torch.cat(sums, -1) / unembedding.size).unbind()
+    second, third, fourth = (torch.cat(sums, -1) / n_tokens).unbind()
     if not bool(fourth.isfinite().all()):
         raise ValueError("the weights hold NaN or infinity: these neurons have no effects to count")
-    owner = torch.repeat_interleave(torch.arange(len(blocks)), torch.tensor([len(w) for w in weights]))
-    return NeuronFractions(blocks, owner, fourth / second**2, third / second**1.5, threshold)
+    owner = torch.repeat_interleave(torch.arange(len(blocks)), sizes)
+    places = tuple(block.place for block in blocks)
+    return NeuronFractions(places, owner, fourth / second**2, third / second**1.5, threshold)
 
 
 def _powers(effects: Tensor) -> Tensor:
     """Sums of the second, third and fourth powers [power neuron] of effects [neuron token]."""
     squares = effects.square()
-    found = (squares, squares * effects, squares.square())
-    return torch.stack([values.sum(-1, dtype=torch.float64) for values in found])
+    powers = (squares, squares * effects, squares.square())
+    return torch.stack([values.sum(-1, dtype=torch.float64) for values in powers])
 
 
-class _Neurons:
-    """A block's neurons as unit directions into the stream, some thousand at a time.
+def _unit(rows: Tensor) -> Tensor:
+    """Rows of unit length; zeros stay zeros."""
+    return rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
-    Args:
+
+class _Block(NamedTuple):
+    """A physical block's neurons.
+
+    Attributes:
+        place: Segment and layer.
         weight: The MLP's output weights [neuron d_model].
         folds: Norms that the MLP's output goes through within its block.
     """
 
-    def __init__(self, weight: Tensor, folds: list[_Fold]) -> None:
-        self._weight, self._folds = weight, folds
+    place: tuple[str, int]
+    weight: Tensor
+    folds: list[_Fold]
 
-    def __len__(self) -> int:
-        return len(self._weight)
+    def directions(self) -> Iterator[tuple[slice, Tensor]]:
+        """Some thousand neurons at a time, as unit directions into the stream [neuron d_model] in float32."""
+        for start in range(0, len(self.weight), _NEURONS):
+            here = slice(start, start + _NEURONS)
+            rows = self.weight[here].float()
+            for fold in self.folds:
+                rows = fold.apply(rows)
+            # Moments are of standardised effects: the scale is free, and unit rows keep powers in range.
+            yield here, _unit(rows)
 
-    def rows(self, here: slice) -> Tensor:
-        """Unit directions [neuron d_model] in float32."""
-        rows = self._weight[here].float()
-        for fold in self._folds:
-            rows = fold.apply(rows)
-        # Moments are of the standardised effects: the scale is free, and unit rows keep powers in range.
-        return rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
-
-def _neurons(model: TransformerBridge) -> tuple[tuple[tuple[str, int], ...], list[_Neurons]]:
-    """The physical blocks, and the neurons of each.
+def _blocks(model: TransformerBridge) -> list[_Block]:
+    """The physical blocks.
 
     Raises:
         ValueError: If a block has no MLP with output weights of its own.
     """
     schedule = schedule_of(model)
-    blocks: list[tuple[str, int]] = []
-    neurons: list[_Neurons] = []
+    blocks: list[_Block] = []
     for visits in schedule.visits:
         firing = schedule[visits[0]]
         block: Any = model.blocks[firing.index]
@@ -230,12 +249,10 @@ def _neurons(model: TransformerBridge) -> tuple[tuple[tuple[str, int], ...], lis
             raise ValueError(
                 f"{firing.prefix} has no MLP with output weights [d_mlp d_model], so it has no neurons to count"
             )
-        parts = dict(block.named_children())
-        width = weight.shape[1]
+        parts, width = dict(block.named_children()), weight.shape[1]
         folds = [_Fold(parts[n], width, f"{firing.prefix}'s {n}") for n in _AFTER_MLP if n in parts]
-        blocks.append((firing.segment, firing.layer))
-        neurons.append(_Neurons(weight, folds))
-    return tuple(blocks), neurons
+        blocks.append(_Block((firing.segment, firing.layer), weight, folds))
+    return blocks
 
 
 class _Fold:
@@ -251,32 +268,30 @@ class _Fold:
         probe[..., 1::2] = -1
         probe -= probe.mean()
         probe /= probe.square().mean().sqrt()
-        dtype = like.dtype
 
-        def run(x: Tensor) -> Tensor:
-            out: Tensor = norm(x.to(dtype))
-            return out.float().flatten()
+        def odd(x: Tensor) -> Tensor:
+            """Half of the difference between the outputs of x and -x, which is free of biases."""
+            out: list[Tensor] = [norm(each.to(like.dtype)).float().flatten() for each in (x, -x)]
+            return (out[0] - out[1]) / 2
 
-        # Half of the difference between x and -x is free of biases.
-        self.weight = (run(probe) - run(-probe)) / 2 / probe.flatten()
-        even = (run(torch.ones_like(probe)) - run(-torch.ones_like(probe))) / 2
-        self.centres = float(even.norm()) < 1e-3 * float(self.weight.norm())
+        self.weight = odd(probe) / probe.flatten()
+        self.centres = float(odd(torch.ones_like(probe)).norm()) < 1e-3 * float(self.weight.norm())
         if not bool(self.weight.isfinite().all()):
             raise ValueError(f"{name} holds NaN or infinity: these neurons have no effects to count")
 
     def apply(self, directions: Tensor) -> Tensor:
         """Directions [... d_model] behind the norm, up to the norm's scale."""
-        if self.centres:
-            directions = directions - directions.mean(-1, keepdim=True)
-        return directions * self.weight
+        return self._centred(directions) * self.weight
 
     def read(self, readers: Tensor) -> Tensor:
         """Readers [... d_model] of what is behind the norm as readers of what is before it."""
-        readers = readers * self.weight
-        return readers - readers.mean(-1, keepdim=True) if self.centres else readers
+        return self._centred(readers * self.weight)
+
+    def _centred(self, rows: Tensor) -> Tensor:
+        return rows - rows.mean(-1, keepdim=True) if self.centres else rows
 
 
-class _Unembedding:
+def _readers(weight: Tensor, norm: _Fold, unit: bool) -> Iterator[Tensor]:
     """Tokens' directions, some thousand at a time [token d_model]: folded, centred, scaled, centred again.
 
     Args:
@@ -284,33 +299,21 @@ class _Unembedding:
         norm: The final norm.
         unit: Whether to scale each token to unit norm.
     """
+    n = weight.shape[1]
 
-    def __init__(self, weight: Tensor, norm: _Fold, unit: bool) -> None:
-        self._weight, self._norm, self._unit = weight, norm, unit
-        self.size = weight.shape[1]
-        self._shift = torch.zeros(weight.shape[0], device=weight.device)
-        self._shift = self._mean(self._folded)
-        self._centre = self._mean(self._scaled) if unit else torch.zeros_like(self._shift)
+    def folded() -> Iterator[Tensor]:
+        for start in range(0, n, _TOKENS):
+            yield norm.read(weight[:, start : start + _TOKENS].float().mT)
 
-    def __len__(self) -> int:
-        return -(-self.size // _TOKENS)
+    def mean(parts: Iterator[Tensor]) -> Tensor:
+        total = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+        for part in parts:
+            total += part.sum(0, dtype=torch.float64)
+        return (total / n).float()
 
-    def __iter__(self) -> Any:
-        for start in range(0, self.size, _TOKENS):
-            yield self._scaled(start) - self._centre
-
-    def _folded(self, start: int) -> Tensor:
-        tokens = self._weight[:, start : start + _TOKENS].float().mT
-        return self._norm.read(tokens)
-
-    def _scaled(self, start: int) -> Tensor:
-        tokens = self._folded(start) - self._shift
-        if self._unit:
-            tokens = tokens / tokens.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        return tokens
-
-    def _mean(self, tokens: Any) -> Tensor:
-        total = torch.zeros_like(self._shift, dtype=torch.float64)
-        for start in range(0, self.size, _TOKENS):
-            total += tokens(start).sum(0, dtype=torch.float64)
-        return (total / self.size).float()
+    shift = mean(folded())
+    if not unit:
+        yield from (tokens - shift for tokens in folded())
+        return
+    centre = mean(_unit(tokens - shift) for tokens in folded())
+    yield from (_unit(tokens - shift) - centre for tokens in folded())

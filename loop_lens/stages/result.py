@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from loop_lens.figures.canvas import new_figure, shades, spaced
 from loop_lens.figures.lines import draw_band
 from loop_lens.measuring.moments import Measured, Moments
-from loop_lens.measuring.results import require_alike
 from loop_lens.unrolling.tree import Iteration
 
 By = Literal["depth", "recurrence", "layer"]
@@ -53,6 +52,13 @@ class Stages(Measured):
         moments: Of each metric, over prompts (or tokens) [firing].
         heads: Of ``colsum_concentration``, ``sink`` (mean attention to the sink's token) and ``mixing_score``, over
             prompts [firing head]; None without attention.
+
+    Example:
+        >>> found = loop_lens.stages.stages(model, prompts)
+        >>> found.mean("sink_rate").shape  # of 1 + 8 x 2 + 1 firings
+        torch.Size([18])
+        >>> [curve.label for curve in found.curves("sink_rate", by="layer")]
+        ['prelude layer 0', 'loop layer 0', 'loop layer 1', 'coda layer 0']
     """
 
     firings: tuple[tuple[str, Iteration, int, int], ...]
@@ -111,16 +117,6 @@ class Stages(Measured):
                 place = i if i < before else i - sum(inside) + each
             places.append(place + 1)
         return 100 * torch.tensor(places, dtype=torch.float64) / whole
-
-    def merge(self, other: Stages) -> Stages:
-        """The result on both results' prompts.
-
-        Raises:
-            ValueError: If they are of different models, sinks or metrics.
-        """
-        require_alike(self, other, "firings", "tau", "sink_token", "metrics")
-        heads = self.heads.merge(other.heads) if self.heads and other.heads else None
-        return replace(self, moments=self.moments.merge(other.moments), heads=heads)
 
     def curves(self, metric: str, *, by: By = "depth", span: Span = "model") -> list[Curve]:
         """A metric's lines in one of the three groupings.
