@@ -84,16 +84,16 @@ def test_prompts_of_similar_length_are_padded_together() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "message"),
+    ("prompts", "error", "message"),
     [
-        ([], "no prompts"),
-        ([torch.tensor([0.5])], "neither text nor tokens"),
-        ([[]], "has no tokens"),
-        ([{"words": "w1"}], "columns words: give one called 'text' or 'input_ids'"),
+        ([], ValueError, "no prompts"),
+        ([torch.tensor([0.5])], TypeError, "neither text nor tokens"),
+        ([[]], ValueError, "has no tokens"),
+        ([{"words": "w1"}], TypeError, "columns words: give one called 'text', 'input_ids'"),
     ],
 )
-def test_bad_prompts(prompts: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_bad_prompts(prompts: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         list(batches_of(wrapped(), prompts, 2))
     with pytest.raises(ValueError, match="at least 1"):
         list(batches_of(wrapped(), TEXTS, 0))

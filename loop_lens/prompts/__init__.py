@@ -1,5 +1,6 @@
 """The one reader of prompts, and of single tokens."""
 
+from loop_lens.prompts.forms import count_prompts
 from loop_lens.prompts.reader import Batch, batches_of, read_prompts, read_together
 from loop_lens.prompts.tokens import Tokens, token_ids, words_of
 
@@ -7,6 +8,7 @@ __all__ = [
     "Batch",
     "Tokens",
     "batches_of",
+    "count_prompts",
     "read_prompts",
     "read_together",
     "token_ids",

@@ -13,9 +13,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from loop_lens.bridge.model import HookedLoopedTransformer
+from loop_lens.prompts.forms import Form, forms_of
 
 _BUCKET = 32  # batches whose prompts are sorted by length together, so that little is padded
+_CONTEXT = ("n_positions", "max_position_embeddings", "max_context_length", "seq_length", "max_seq_len")
+"""Where a config says how many positions there are; without any, transformer-lens' ``n_ctx`` is a guess."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,12 @@ class Batch:
         tokens: [prompt pos].
         mask: Whether a position holds a token rather than padding [prompt pos].
         index: Each prompt's place among those that were given, from 0.
+
+    Example:
+        >>> from loop_lens.prompts import batches_of
+        >>> batch = next(batches_of(model, prompts, 2))
+        >>> batch.tokens.shape, batch.lengths.tolist(), batch.index
+        (torch.Size([2, 11]), [9, 11], (1, 0))
     """
 
     tokens: Int[Tensor, "prompt pos"]
@@ -43,91 +51,196 @@ def device_of(model: TransformerBridge) -> torch.device:
     return next(model.original_model.parameters()).device
 
 
-def read_prompts(model: TransformerBridge, prompts: Any) -> Iterator[Int[Tensor, " pos"]]:
-    """Prompts one by one, as tokens without padding.
+def read_prompts(
+    model: TransformerBridge, prompts: Any, *, name: str = "prompts"
+) -> Iterator[Int[Tensor, " pos"]]:
+    """Prompts one by one, as tokens on the CPU without padding.
+
+    Every function of loop_lens that takes prompts takes them through this one:
+
+    ==================================  ============================================================
+    text                                becomes the tokens of ``model.to_tokens``, never cut
+    ids [pos] or [prompt pos]           a tensor, an array, or lists of numbers, ragged too
+    a tokenizer's own output            any mapping with ``input_ids``, and perhaps ``attention_mask``
+    chat messages                       a conversation is a list of mappings with ``role`` and ``content``
+    rows of a data set                  with a column ``input_ids``, ``messages`` or ``text``, read in this order
+    columns, generators, lists          of any of these, one prompt or more an item
+    ==================================  ============================================================
+
+    A conversation is rendered by the tokenizer's chat template, which writes the special tokens itself, so
+    none are added. The template's generation prompt (the beginning of an answer) is added unless the last
+    message is the assistant's.
+
+    Padding, on either side, is told by ``attention_mask`` and left out. Without a mask, ids that begin or
+    end with the tokenizer's pad token are refused, since a model would read padding as text. Where the pad
+    token is the one that begins or ends texts (GPT-2), one of it is text and two or more are padding.
 
     Args:
-        model: For its tokenizer.
-        prompts: Text; tokens [prompt pos]; a list (or any iterable) of texts or of tokens [pos]; or a
-            ``datasets.Dataset`` (or any iterable of rows) with a column ``input_ids``, and perhaps
-            ``attention_mask``, or a column ``text``.
+        model: For its tokenizer, vocabulary and context.
+        prompts: What to read. Iterables are read no further than asked for.
+        name: The argument's name, for messages.
 
     Raises:
-        ValueError: If a prompt is none of these, or empty.
+        TypeError: If there is anything else in them; says what.
+        ValueError: If there are no prompts, a prompt has no tokens, more than the model's context, ids that
+            the vocabulary lacks, padding without a mask or a mask with holes, or if text or messages need
+            what the tokenizer lacks.
+
+    Example:
+        >>> from loop_lens.prompts import read_prompts
+        >>> [len(tokens) for tokens in read_prompts(model, prompts)]
+        [11, 9]
+        >>> padded = {"input_ids": [[10, 10, 0, 2]], "attention_mask": [[0, 0, 1, 1]]}
+        >>> [tokens.tolist() for tokens in read_prompts(model, padded)]
+        [[0, 2]]
     """
-    if isinstance(prompts, str) or (isinstance(prompts, Tensor) and prompts.ndim == 1):
-        prompts = [prompts]
-    for i, row in enumerate(prompts):
-        mask = None
-        if isinstance(row, dict):
-            if "input_ids" not in row and "text" not in row:
-                raise ValueError(
-                    f"rows have the columns {', '.join(map(str, row))}: give one called 'text' or 'input_ids'"
-                )
-            mask, row = row.get("attention_mask"), row.get("input_ids", row.get("text"))
-        if isinstance(row, str):
-            tokens = model.to_tokens(row)[0]
-        else:
-            tokens = torch.as_tensor(row)
-            tokens = tokens[0] if tokens.ndim == 2 and len(tokens) == 1 else tokens
-        if tokens.ndim != 1 or (tokens.is_floating_point() and tokens.numel()):
-            raise ValueError(
-                f"prompt {i} is neither text nor tokens [pos], but {tokens.dtype} {tuple(tokens.shape)}"
-            )
-        if mask is not None:
-            tokens = tokens[torch.as_tensor(mask).bool()]
-        if tokens.numel() == 0:
-            raise ValueError(f"prompt {i} has no tokens")
-        yield tokens.cpu()
+    tokens = _tokens_of_each(model, prompts, name)
+    first = next(tokens, None)  # so that what cannot be read is refused here, not where it is iterated over
+    if first is None:
+        raise ValueError(f"{name} is empty: there are no prompts")
+    return itertools.chain([first], tokens)
 
 
 def batches_of(model: TransformerBridge, prompts: Any, batch_size: int) -> Iterator[Batch]:
     """Batches of prompts of similar length; under `torch.distributed`, this process's share of them.
 
+    Args:
+        model: The model.
+        prompts: As for `read_prompts`.
+        batch_size: Prompts a batch.
+
     Raises:
-        ValueError: If there are no prompts, or ``batch_size`` is below 1.
+        ValueError: If ``batch_size`` is below 1.
+
+    Example:
+        >>> from loop_lens.prompts import batches_of
+        >>> [batch.tokens.shape[1] for batch in batches_of(model, prompts, 1)]
+        [9, 11]
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    rows = iter(enumerate(read_prompts(model, prompts)))
+    rows = enumerate(read_prompts(model, prompts))
     device = device_of(model)
-    some = False
     while bucket := list(itertools.islice(rows, _BUCKET * batch_size * world)):
-        some = True
         bucket = sorted(bucket[rank::world], key=lambda row: len(row[1]))
         for start in range(0, len(bucket), batch_size):
             chunk = bucket[start : start + batch_size]
             lengths = torch.tensor([len(tokens) for _, tokens in chunk])
-            tokens = torch.nn.utils.rnn.pad_sequence([tokens.long() for _, tokens in chunk], batch_first=True)
+            tokens = torch.nn.utils.rnn.pad_sequence([tokens for _, tokens in chunk], batch_first=True)
             mask = torch.arange(tokens.shape[1]) < lengths[:, None]
             yield Batch(tokens.to(device), mask.to(device), tuple(i for i, _ in chunk))
-    if not some:
-        raise ValueError("there are no prompts")
 
 
-def read_together(model: HookedLoopedTransformer, prompts: Any, name: str) -> Int[Tensor, "prompt pos"]:
-    """Text, texts or tokens as tokens on the model's device.
+def read_together(model: TransformerBridge, prompts: Any, name: str) -> Int[Tensor, "prompt pos"]:
+    """Prompts of equal length as one batch of tokens, on the model's device.
+
+    Args:
+        model: The model.
+        prompts: As for `read_prompts`.
+        name: The argument's name, for messages.
 
     Raises:
-        ValueError: If they are of several lengths, or nothing.
+        ValueError: If their lengths differ.
+
+    Example:
+        >>> from loop_lens.prompts import read_together
+        >>> read_together(model, [prompt, prompt], "prompts").shape
+        torch.Size([2, 11])
     """
-    if isinstance(prompts, Tensor):
-        tokens = prompts if prompts.ndim == 2 else prompts.unsqueeze(0)
-        if tokens.ndim != 2 or tokens.is_floating_point():
+    each = list(read_prompts(model, prompts, name=name))
+    lengths = sorted({len(tokens) for tokens in each})
+    if len(lengths) > 1:
+        which = name if name == "prompts" else f"{name} prompts"
+        raise ValueError(
+            f"the {which} have {', '.join(map(str, lengths))} tokens: give prompts of equal length"
+        )
+    return torch.stack(each).to(device_of(model))
+
+
+def _tokens_of_each(model: TransformerBridge, prompts: Any, name: str) -> Iterator[Tensor]:
+    for i, form in enumerate(forms_of(prompts, name)):
+        which = f"prompt {i}" if name == "prompts" else f"prompt {i} of {name}"
+        tokens = _tokens(model, form, which)
+        if not len(tokens):
+            raise ValueError(f"{which} has no tokens")
+        vocab, context = model.cfg.d_vocab, context_of(model)
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or 0 < vocab <= high:
             raise ValueError(
-                f"{name} must be text or tokens [prompt pos], got {prompts.dtype} {tuple(prompts.shape)}"
+                f"{which} has the id {low if low < 0 else high}, and the vocabulary has 0-{vocab - 1}"
             )
+        if context is not None and len(tokens) > context:
+            raise ValueError(
+                f"{which} has {len(tokens)} tokens and the model's context {context}: give it in parts"
+            )
+        yield tokens
+
+
+def context_of(model: TransformerBridge) -> int | None:
+    """Positions that a model has, None where its config does not say."""
+    config = getattr(model.original_model, "config", None)
+    return model.cfg.n_ctx if any(getattr(config, field, None) for field in _CONTEXT) else None
+
+
+def _tokens(model: TransformerBridge, form: Form, which: str) -> Tensor:
+    """A prompt's tokens without padding."""
+    content = form.content
+    if isinstance(content, Tensor):
+        ids = content.cpu()
+        return _unmasked(ids, form.mask, which) if form.mask is not None else _unpadded(model, ids, which)
+    if model.tokenizer is None:
+        raise ValueError(
+            f"the model has no tokenizer: give {which} as ids, or open the model with tokenizer="
+        )
+    if isinstance(content, str):
+        # transformer-lens decides on the BOS; its default would cut text to the context.
+        ids = model.to_tokens(content, truncate=False, move_to_device=False)[0]
     else:
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        each = [model.to_tokens(text) for text in texts]
-        lengths = {t.shape[1] for t in each}
-        if len(lengths) > 1:
+        text = _rendered(model.tokenizer, content, which)
+        ids = model.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+    return ids.long()
+
+
+def _rendered(tokenizer: Any, messages: list[Any], which: str) -> str:
+    """A conversation as text."""
+    from jinja2 import TemplateError  # what transformers renders with, imported when it first does
+
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            f"{which} is a conversation, and this tokenizer has no chat template: give its text, or set "
+            "model.tokenizer.chat_template"
+        )
+    unanswered = messages[-1]["role"] != "assistant"
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=unanswered)
+    except TemplateError as error:
+        raise ValueError(f"the tokenizer's chat template refuses {which}: {error}") from error
+
+
+def _unmasked(ids: Tensor, mask: Tensor, which: str) -> Tensor:
+    """The ids that a mask keeps."""
+    (kept,) = mask.nonzero(as_tuple=True)
+    if len(kept) and int(kept[-1] - kept[0]) + 1 != len(kept):
+        raise ValueError(
+            f"the attention_mask of {which} has holes: it may leave out padding before and after the tokens, "
+            "none between them"
+        )
+    return ids[mask]
+
+
+def _unpadded(model: TransformerBridge, ids: Tensor, which: str) -> Tensor:
+    """Ids that came without a mask, if they are not padded."""
+    tokenizer = model.tokenizer
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None or not len(ids):
+        return ids
+    marks_texts = pad in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    run = 2 if marks_texts else 1  # one BOS begins a text, one EOS ends it
+    for side, end in (("begins", ids[:run]), ("ends", ids[-run:])):
+        if len(end) == run and bool((end == pad).all()):
             raise ValueError(
-                f"the {name} prompts have {', '.join(map(str, sorted(lengths)))} tokens: give prompts of equal "
-                "length"
+                f"{which} {side} with {'two pad tokens' if run == 2 else 'the pad token'} (id {pad}), which the "
+                "model would read as text: pass attention_mask beside input_ids, of ones if it is text"
             )
-        tokens = torch.cat(each)
-    if tokens.numel() == 0:
-        raise ValueError(f"{name} has no tokens")
-    return tokens.to(next(model.original_model.parameters()).device)
+    return ids

@@ -1,49 +1,76 @@
-"""Prompts and tokens as users give them."""
+"""Single tokens as users give them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
-
-from loop_lens.bridge.model import HookedLoopedTransformer
+from transformer_lens.model_bridge import TransformerBridge
 
 Tokens = str | int | Sequence[str] | Sequence[int] | Tensor
 """One token, or several: as text that is a single token, or as an id."""
 
 
-def words_of(model: HookedLoopedTransformer, tokens: Tensor) -> tuple[str, ...]:
-    """Tokens [pos] as text, one by one; as numbers without a tokenizer."""
+def words_of(model: TransformerBridge, tokens: Tensor) -> tuple[str, ...]:
+    """Tokens [pos] as text, one by one; as numbers without a tokenizer.
+
+    Example:
+        >>> from loop_lens.prompts import words_of
+        >>> words_of(model, torch.tensor([0, 2, 9]))
+        ('a', 'c', '->')
+    """
     if model.tokenizer is None:
         return tuple(str(int(t)) for t in tokens)
     return tuple(model.to_single_str_token(int(t)) for t in tokens)
 
 
-def token_ids(model: Any, tokens: Tokens) -> Int[Tensor, " token"]:
+def token_ids(model: TransformerBridge, tokens: Tokens) -> Int[Tensor, " token"]:
     """Tokens as ids.
+
+    Args:
+        model: For its tokenizer and vocabulary.
+        tokens: A text or an id, or several. Numbers of numpy and torch are ids too.
 
     Raises:
         ValueError: If a text is not a single token of the model, or an id not in its vocabulary.
+        TypeError: If a token is neither text nor a whole number.
+
+    Example:
+        >>> from loop_lens.prompts import token_ids
+        >>> token_ids(model, ["a", "c"]), token_ids(model, 9)
+        (tensor([0, 2]), tensor([9]))
     """
-    if isinstance(tokens, Tensor):
-        return tokens.reshape(-1)
-    several = [tokens] if isinstance(tokens, str | int) else list(tokens)
-    return torch.tensor([_token_id(model, token) for token in several])
+    if isinstance(tokens, Tensor | np.ndarray):
+        ids = [_token_id(model, token) for token in tokens.reshape(-1).tolist()]
+        return torch.tensor(ids, dtype=torch.long, device=getattr(tokens, "device", None))
+    several = [tokens] if isinstance(tokens, str) or not isinstance(tokens, Sequence) else tokens
+    return torch.tensor([_token_id(model, token) for token in several], dtype=torch.long)
 
 
-def _token_id(model: Any, token: str | int) -> int:
-    vocab = model.cfg.d_vocab
-    if isinstance(token, int):
-        if not 0 <= token < vocab:
-            raise ValueError(f"token {token} does not exist: the vocabulary has tokens 0-{vocab - 1}")
-        return token
+def _token_id(model: TransformerBridge, token: Any) -> int:
+    if isinstance(token, Tensor | np.ndarray) and token.ndim == 0:
+        token = token.item()
+    if isinstance(token, Integral) and not isinstance(token, bool):
+        number, vocab = int(token), model.cfg.d_vocab
+        if not 0 <= number < vocab:
+            raise ValueError(f"token {number} does not exist: the vocabulary has tokens 0-{vocab - 1}")
+        return number
+    if not isinstance(token, str):
+        raise TypeError(f"a token is text or an id, got {token!r}")
     if model.tokenizer is None:
         raise ValueError(f"the model has no tokenizer, so the token {token!r} must be given as an id")
     ids = model.to_tokens(token, prepend_bos=False)[0].tolist()
     if len(ids) != 1:
         pieces = [model.to_single_str_token(i) for i in ids]
         raise ValueError(f"{token!r} is {len(ids)} tokens, {pieces}: give a single token, or its id")
+    unknown = model.tokenizer.unk_token_id
+    if ids[0] == unknown and token.strip() != model.tokenizer.unk_token:
+        raise ValueError(
+            f"{token!r} is not in the vocabulary: the tokenizer reads it as {model.tokenizer.unk_token!r}"
+        )
     return ids[0]

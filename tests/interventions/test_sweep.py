@@ -367,7 +367,7 @@ def test_bf16() -> None:
 REQUESTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"corrupted": torch.ones(2, 9, dtype=torch.long)}, ValueError, "equal length"),
     ({"corrupted": torch.ones(3, 7, dtype=torch.long)}, ValueError, "pair up"),
-    ({"clean": torch.ones(2, 7)}, ValueError, "text or tokens"),
+    ({"clean": torch.ones(2, 7)}, TypeError, "text or tokens"),
     ({"metric": lambda x: x}, ValueError, "metric returned a tensor of shape"),
     ({"metric": 3}, TypeError, "function of logits"),
     ({"metric": LogitDiff(3, 999)}, ValueError, "token 999 does not exist"),
