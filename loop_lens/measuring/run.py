@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.measuring.probe import Probe
+from loop_lens.prompts.forms import count_prompts
 from loop_lens.prompts.reader import Batch, batches_of
 from loop_lens.unrolling.schedule import Schedule
 from loop_lens.unrolling.sites import Site, act_name
@@ -120,12 +121,9 @@ def batches_shown(
     model: TransformerBridge, prompts: Any, batch_size: int, *, progress: bool, what: str
 ) -> Iterator[Batch]:
     """Batches, and a progress bar that counts them."""
-    total = None
-    if isinstance(prompts, str) or (isinstance(prompts, Tensor) and prompts.ndim == 1):
-        total = 1
-    elif hasattr(prompts, "__len__"):
-        processes = dist.get_world_size() if dist.is_initialized() else 1
-        total = math.ceil(len(prompts) / batch_size / processes)
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    n = count_prompts(prompts)
+    total = None if n is None or batch_size < 1 else math.ceil(n / batch_size / processes)
     with tqdm(total=total, desc=what, delay=2, disable=not progress, leave=False) as bar:
         for batch in batches_of(model, prompts, batch_size):
             yield batch
