@@ -36,7 +36,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 import loop_lens
 from loop_lens import dynamics
 from loop_lens.data import HopsTask
-from loop_lens.experiments.random_models import RandomModel
+from loop_lens.experiments.random_init.models import RandomModel
 from loop_lens.shipped.smollm2 import load_smollm2
 from loop_lens.stages import stage_agreement, stages
 

@@ -9,18 +9,14 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-import loop_lens.experiments.ablation as ablation
 from loop_lens.data import AdditionTask
 from loop_lens.dynamics import Convergence
-from loop_lens.experiments.ablation import Cell, Settings, finished, grid, run_grid
-from loop_lens.experiments.ablation_measures import Measured, Measuring, as_feed_forward
-from loop_lens.experiments.ablation_report import write_report
-from loop_lens.experiments.ablation_verdicts import (
-    FAILS,
-    HOLDS,
-    UNTOLD,
+from loop_lens.experiments.ablation import cells
+from loop_lens.experiments.ablation.cells import Cell, Settings, finished, grid, run_grid
+from loop_lens.experiments.ablation.measures import CellResult, Measuring, StateResult, as_feed_forward
+from loop_lens.experiments.ablation.page import write_report
+from loop_lens.experiments.ablation.verdicts import (
     beyond_training,
-    decide,
     distance_to,
     kind_of,
     layer_spread,
@@ -30,6 +26,7 @@ from loop_lens.experiments.ablation_verdicts import (
     stability,
     summaries,
 )
+from loop_lens.experiments.claims import FAILS, HOLDS, UNTOLD, decide
 from loop_lens.experiments.commands.ablation import main
 from loop_lens.measuring.moments import Moments
 from loop_lens.models.native import LoopedTransformer
@@ -102,24 +99,25 @@ def test_measured_models_are_the_trained_ones(found, folder):
 def test_a_feed_forward_model_is_measured_once_and_without_a_loop(found):
     measured = found[CELLS[0]]
     assert measured.to_dataframe()["recurrences"].tolist() == [1]
-    assert measured.firings["trained"].recurrences == 0
-    assert not measured.moves
+    assert measured.trained.stages.recurrences == 0
+    assert all(state.convergence is None for state in measured.states.values())
 
 
 def test_states_before_training_are_measured_too(found):
     measured = found[CELLS[1]]
-    initial, trained = (measured.summary(state) for state in ("initial", "trained"))
+    initial, trained = (state.summary() for state in measured.states.values())
     assert initial["cosine"] != trained["cosine"]
-    assert measured.moves["initial"].reference == 12
-    assert len(measured.moves["initial"].iterations) == 8
+    assert measured.initial.convergence.reference == 12
+    assert len(measured.initial.convergence.iterations) == 8
 
 
 def test_a_second_run_trains_nothing(found, folder, monkeypatch):
-    monkeypatch.setattr(ablation, "train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(cells, "train", lambda *a, **k: pytest.fail("trained again"))
     again = run_grid(CELLS, SMALL, folder, progress=False)
     for cell in CELLS:
         pd.testing.assert_frame_equal(again[cell].to_dataframe(), found[cell].to_dataframe())
-        assert again[cell].radius == pytest.approx(found[cell].radius, nan_ok=True)
+        for one, other in zip(again[cell].states.values(), found[cell].states.values(), strict=True):
+            assert one.radius == pytest.approx(other.radius, nan_ok=True)
 
 
 def test_a_killed_run_goes_on_with_the_trained_model(tmp_path, monkeypatch):
@@ -128,17 +126,17 @@ def test_a_killed_run_goes_on_with_the_trained_model(tmp_path, monkeypatch):
 
     cell = CELLS[-1]
     with monkeypatch.context() as patch:
-        patch.setattr(ablation, "measure_cell", killed)
+        patch.setattr(cells, "measure_cell", killed)
         with pytest.raises(KeyboardInterrupt):
             run_grid([cell], SMALL, tmp_path, progress=False)
     steps: list[int] = []
-    real = ablation.train
+    real = cells.train
 
     def counted(*args, **kwargs):
         return real(*args, **kwargs, on_step=lambda record: steps.append(record.step))
 
-    monkeypatch.setattr(ablation, "train", counted)
-    assert not (tmp_path / cell.name / "measured").exists()
+    monkeypatch.setattr(cells, "train", counted)
+    assert not list(tmp_path.glob("*.safetensors*"))
     run_grid([cell], SMALL, tmp_path, progress=False)
     assert steps == []
 
@@ -160,9 +158,9 @@ def test_another_way_of_measuring_trains_nothing(tmp_path, monkeypatch):
     cell = CELLS[-1]
     run_grid([cell], SMALL, tmp_path, progress=False)
     steps: list[int] = []
-    real = ablation.train
+    real = cells.train
     monkeypatch.setattr(
-        ablation, "train", lambda *a, **k: real(*a, **k, on_step=lambda record: steps.append(record.step))
+        cells, "train", lambda *a, **k: real(*a, **k, on_step=lambda record: steps.append(record.step))
     )
     how = replace(SMALL.measuring, recurrences=(1, 3, 4, 8))
     found = run_grid([cell], replace(SMALL, measuring=how), tmp_path, progress=False)
@@ -180,8 +178,7 @@ def test_an_orbit_of_period_two_is_not_taken_for_a_fixed_point():
     ones = torch.ones_like(values)
     axes = {"iteration": tuple(range(8)), "layer": (0,)}
     moments = Moments(axes, metrics, torch.stack([ones, values, values**2] * 2))
-    fake = replace(_fake(), moves={"trained": Convergence("loop", 12, moments)})
-    row = fake.summary("trained")
+    row = replace(_fake().trained, convergence=Convergence("loop", 12, moments)).summary()
     assert (row["relative_distance"], row["nearest"], row["cosine"]) == (0.5, 0.0, 0.875)
     assert kind_of(row) == "orbit"
 
@@ -195,17 +192,15 @@ def test_what_is_finished_is_found_without_training(found, folder, tmp_path):
 def test_results_come_back_from_disk(found, tmp_path):
     measured = found[CELLS[2]]
     measured.save(tmp_path / "m")
-    back = Measured.load(tmp_path / "m")
-    assert back.summary("trained") == pytest.approx(measured.summary("trained"))
+    back = CellResult.load(tmp_path / "m")
+    assert back.trained.summary() == pytest.approx(measured.trained.summary())
     pd.testing.assert_frame_equal(back.training(), measured.training())
-    pd.testing.assert_frame_equal(
-        back.firings["initial"].to_dataframe(), measured.firings["initial"].to_dataframe()
-    )
+    pd.testing.assert_frame_equal(back.initial.stages.to_dataframe(), measured.initial.stages.to_dataframe())
 
 
 def test_the_report_names_its_files_and_what_is_missing(found, tmp_path):
     missing = Cell("addition", "huginn")
-    paths = write_report(found, SMALL, tmp_path / "ablation", missing=[missing], options=" --seed 0")
+    paths = write_report(found, SMALL, tmp_path / "ablation", missing=[missing], command="ablation --seed 0")
     page = paths[0].read_text()
     assert f"Not measured: {missing.name}" in page
     assert "ablation --seed 0" in page
@@ -229,15 +224,15 @@ def test_the_command_reports_what_is_done_and_what_is_not(found, folder, tmp_pat
     monkeypatch.setattr(f"{module}.grid", lambda *a, **k: [*CELLS, missing])
     asked: list[tuple[object, ...]] = []
 
-    def report(found, settings, out, *, missing, options):
-        asked.append((list(found), missing, options))
+    def report(found, settings, out, *, missing, command):
+        asked.append((list(found), missing, command))
         return [out]
 
     monkeypatch.setattr(f"{module}.write_report", report)
     options = ["--out", str(tmp_path / "r"), "--work", str(folder), "--steps", "4", "--text-steps", "3"]
     result = CliRunner().invoke(_app(), [*options, "--report-only"])
     assert result.exit_code == 0, result.output
-    told = " --task addition --cores 2,4 --steps 4 --text-steps 3 --seed 0"
+    told = "python -m loop_lens.experiments ablation --task addition --cores 2,4 --steps 4 --text-steps 3 --seed 0"
     assert asked == [(CELLS, [missing], told)]
     assert "wrote" in result.output
 
@@ -281,7 +276,7 @@ def test_unknown_parts_of_a_cell_are_named(wrong):
 
 def test_a_looped_models_stages_are_no_feed_forward_ones(found):
     with pytest.raises(ValueError, match="4 iterations"):
-        as_feed_forward(found[CELLS[1]].firings["trained"])
+        as_feed_forward(found[CELLS[1]].trained.stages)
 
 
 def test_measuring_needs_a_reference_beyond():
@@ -412,10 +407,6 @@ def test_distance_to_a_feed_forward_model_is_the_mean_of_three_in_units_of_one()
     assert found["distance"] == pytest.approx((0.2 + 0.2 + 0.2 / math.log(10)) / 3)
 
 
-class _Fake(Measured):
-    """What was measured, made up."""
-
-
 def _fake(trained=None, initial=None, said=None):
     said = said or {1: (1.0, 0.5), 4: (0.5, 0.8), 8: (0.5, 0.8), 32: (0.5, 0.8)}
     columns = {
@@ -424,8 +415,8 @@ def _fake(trained=None, initial=None, said=None):
         "accuracy": torch.tensor([v[1] for v in said.values()]),
         "kl": torch.zeros(len(said)),
     }
-    states = {"initial": initial, "trained": trained}
-    return _Fake({}, columns, {k: v for k, v in states.items() if v is not None}, {}, {})
+    states = (StateResult(stages, None, math.nan) for stages in (initial, trained))
+    return CellResult({}, columns, *states)
 
 
 @pytest.mark.parametrize(

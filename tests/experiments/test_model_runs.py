@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import loop_lens
 from loop_lens.dynamics import convergence
 from loop_lens.experiments.__main__ import build
-from loop_lens.experiments.opening import open_looped, prompts_from
+from loop_lens.experiments.inputs import open_looped, prompts_from
 from loop_lens.stages import stages
 from tests.conftest import GOLDENS
 from tests.interventions.models import wrapped
@@ -59,7 +59,7 @@ def test_stages_sets_a_model_beside_another(
 ) -> None:
     from tests.stages.models import feed_forward
 
-    monkeypatch.setattr("loop_lens.experiments.commands.stages.open_any", lambda name: feed_forward("llama"))
+    monkeypatch.setattr("loop_lens.experiments.inputs.open_any", lambda name: feed_forward("llama"))
     out = tmp_path / "stages"
     options = ["--model", HUGINN, "--prompts", str(prompts), "--column", "input_ids", "--out", str(out)]
     code, output = said(["stages", *options, "--recurrences", "3", "--against", "plain", "--no-progress"])
@@ -112,7 +112,7 @@ def test_prompts_come_from_files_and_from_the_documentation(
     with pytest.raises(ValueError, match=r"no column 'text': it has .*question"):
         prompts_from(model, str(table))
     documents = [" ".join(f"w{i}" for i in range(n)) for n in (3, 20, 5, 30)]
-    monkeypatch.setattr("loop_lens.experiments.opening.standard_library_documents", lambda: documents)
+    monkeypatch.setattr("loop_lens.experiments.inputs.standard_library_documents", lambda: documents)
     assert [len(tokens) for tokens in prompts_from(model, "stdlib", count=3, length=16)] == [16, 16, 4]
 
 

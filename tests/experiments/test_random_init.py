@@ -8,13 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
 from typer.testing import CliRunner
 
-from loop_lens.dynamics import convergence, limiting_behaviour
-from loop_lens.experiments import random_init
+from loop_lens.dynamics import limiting_behaviour
 from loop_lens.experiments.__main__ import build
-from loop_lens.experiments.random_init import Measured, Settings, grid, measure_one, pooled, run_grid
-from loop_lens.experiments.random_models import INITS, RandomModel
+from loop_lens.experiments.random_init import measures
+from loop_lens.experiments.random_init.measures import (
+    RandomResult,
+    Settings,
+    grid,
+    measure_grid,
+    measure_one,
+    pooled,
+)
+from loop_lens.experiments.random_init.models import INITS, RandomModel
 
 SMALL = Settings(recurrences=8, reference=11, prompts=2, length=5, krylov=4)
 
@@ -24,32 +33,62 @@ def small(**options: Any) -> RandomModel:
 
 
 @pytest.fixture(scope="module")
-def measured() -> tuple[Measured, Any]:
+def measured() -> tuple[RandomResult, Any]:
     spec = small()
     model = spec.open(SMALL.reference)
     return measure_one(spec, model, SMALL), model
 
 
-def test_curves_equal_those_of_streaming_convergence(measured: tuple[Measured, Any]) -> None:
+@torch.no_grad()
+def states_of(model: Any, tokens: Tensor) -> Tensor:
+    """Every block's output, as plain hooks on the blocks see it [iteration layer token d_model]."""
+    seen: list[Tensor] = []
+    core = model.original_model.model.core
+    handles = [
+        block.register_forward_hook(lambda m, args, out: seen.append(out.flatten(0, 1))) for block in core
+    ]
+    model.original_model(tokens)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(seen).unflatten(0, (-1, len(handles)))
+
+
+def test_curves_are_those_of_states_seen_by_plain_hooks(measured: tuple[RandomResult, Any]) -> None:
     result, model = measured
     tokens = SMALL.tokens(512)
-    with model.at_recurrences(8):
-        beyond = convergence(model, tokens, reference=11, patterns=False)
-        last = convergence(model, tokens, reference=8, patterns=False)
-    for name in ("norm", "step", "relative_step", "step_cosine", "distance", "relative_distance", "cosine"):
+    states = states_of(model, tokens)
+    x, end = states[:8], states[-1]
+    last, norm, far = x[-1], x.norm(dim=-1), (x - end).norm(dim=-1)
+    nothing = torch.full_like(norm[:1], math.nan)
+    step = torch.cat([nothing, (x[1:] - x[:-1]).norm(dim=-1)])
+    expected = {
+        "norm": norm,
+        "step": step,
+        "relative_step": step / norm,
+        "step_cosine": torch.cat([nothing, cosine_similarity(x[1:], x[:-1], dim=-1)]),
+        "distance": far,
+        "relative_distance": far / norm,
+        "cosine": cosine_similarity(x, end[None], dim=-1),
+        "last_distance": (x - last).norm(dim=-1),
+        "last_cosine": cosine_similarity(x, last[None], dim=-1),
+    }
+    for name, values in expected.items():
         torch.testing.assert_close(
-            result.curves[name].double(), beyond.mean(name), atol=1e-5, rtol=1e-4, equal_nan=True
+            result.curves[name], values.mean(-1).double(), atol=1e-5, rtol=1e-4, equal_nan=True
         )
-    for name in ("distance", "cosine"):
-        torch.testing.assert_close(
-            result.curves[f"last_{name}"].double(), last.mean(name), atol=1e-5, rtol=1e-4
-        )
-        for prefix, found in (("", beyond), ("last_", last)):
-            ours = result.degeneracy[f"{prefix}{name}"].double()
-            torch.testing.assert_close(ours, found.mean(f"degeneracy_{name}")[:, 0], atol=1e-5, rtol=1e-4)
+    whole = far.unflatten(-1, (2, 5)).norm(dim=-1) / norm.unflatten(-1, (2, 5)).norm(dim=-1)
+    torch.testing.assert_close(
+        result.curves["matrix_distance"], whole.mean(-1).double(), atol=1e-5, rtol=1e-4
+    )
+    for prefix, goal in (("", end), ("last_", last)):
+        cosine = cosine_similarity(x[:, :1], goal[None], dim=-1).amin(1).mean(-1)
+        distance = (x[:, :1] - goal).norm(dim=-1).amax(1).mean(-1)
+        for name, values in (("cosine", cosine), ("distance", distance)):
+            ours = result.degeneracy[f"{prefix}{name}"]
+            torch.testing.assert_close(ours, values.double(), atol=1e-5, rtol=1e-4)
 
 
-def test_kinds_are_algorithm_1_of_every_token(measured: tuple[Measured, Any]) -> None:
+def test_kinds_are_algorithm_1_of_every_token(measured: tuple[RandomResult, Any]) -> None:
     result, model = measured
     with model.at_recurrences(8):
         _, cache = model.run_with_cache(SMALL.tokens(512))
@@ -95,24 +134,24 @@ def test_initialisations_have_the_scales_that_they_say(init: str) -> None:
 
 def test_resuming_measures_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = [small(layers=1, seed=seed) for seed in range(3)]
-    first = run_grid(models[:2], SMALL, cache=tmp_path, progress=False)
+    first = measure_grid(models[:2], SMALL, cache=tmp_path, progress=False)
     done: list[RandomModel] = []
 
-    def counted(spec: RandomModel, *rest: Any) -> Measured:
+    def counted(spec: RandomModel, *rest: Any) -> RandomResult:
         done.append(spec)
         return measure_one(spec, *rest)
 
-    monkeypatch.setattr(random_init, "measure_one", counted)
-    again = run_grid(models, SMALL, cache=tmp_path, progress=False)
+    monkeypatch.setattr(measures, "measure_one", counted)
+    again = measure_grid(models, SMALL, cache=tmp_path, progress=False)
     assert done == models[2:]
     assert [each.summary() for each in again[:2]] == [each.summary() for each in first]
     assert torch.equal(again[0].curves["cosine"], first[0].curves["cosine"])
-    run_grid(models[:1], SMALL, cache=tmp_path, resume=False, progress=False)
+    measure_grid(models[:1], SMALL, cache=tmp_path, resume=False, progress=False)
     assert done == [models[2], models[0]]
 
 
 def test_pooling_averages_seeds() -> None:
-    one, two = run_grid([small(layers=1, seed=seed) for seed in range(2)], SMALL, progress=False)
+    one, two = measure_grid([small(layers=1, seed=seed) for seed in range(2)], SMALL, progress=False)
     both = pooled([one, two])[1, True, "huginn"]
     torch.testing.assert_close(both.curves["cosine"], (one.curves["cosine"] + two.curves["cosine"]) / 2)
     assert torch.equal(both.kinds, one.kinds + two.kinds)

@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
-from loop_lens.experiments.ablation import Settings, finished, grid, run_grid
-from loop_lens.experiments.ablation_report import write_report
+from loop_lens.experiments.ablation.cells import Settings, finished, grid, run_grid
+from loop_lens.experiments.ablation.page import write_report
+from loop_lens.experiments.inputs import errors_as_usage
+from loop_lens.experiments.report import command_line
 
 
 def main(
@@ -24,14 +26,11 @@ def main(
     ] = False,
 ) -> None:
     """Train a grid of small looped models, measure them, and test the paper's small-model findings."""
-    try:
+    with errors_as_usage():
         settings = Settings(steps=steps, text_steps=text_steps)
         cells = grid(task, cores=tuple(int(size) for size in cores.split(",")), seed=seed)
-        found = finished(cells, settings, work) if report_only else run_grid(cells, settings, work)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    options = f" --task {task} --cores {cores} --steps {steps} --text-steps {text_steps} --seed {seed}"
-    for path in write_report(
-        found, settings, out, missing=[cell for cell in cells if cell not in found], options=options
-    ):
+        results = (finished if report_only else run_grid)(cells, settings, work)
+    command = command_line("ablation", task=task, cores=cores, steps=steps, text_steps=text_steps, seed=seed)
+    missing = [cell for cell in cells if cell not in results]
+    for path in write_report(results, settings, out, missing=missing, command=command):
         typer.echo(f"wrote {path}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
+import typer
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
@@ -26,6 +29,27 @@ _TABLES = {
     ".parquet": pd.read_parquet,
 }
 
+ModelOption = Annotated[str, typer.Option(help="loop-lens/NAME, a hub id, a folder, or smollm2:10-19x3.")]
+OutOption = Annotated[Path, typer.Option(help="Folder of figures and tables; the page is beside it.")]
+PromptsOption = Annotated[
+    str, typer.Option(help="stdlib, a .txt, .csv, .jsonl or .parquet file, a data set's folder or hub id.")
+]
+RecurrencesOption = Annotated[int | None, typer.Option(help="Iterations; the model's own by default.")]
+CountOption = Annotated[int, typer.Option(help="Prompts, at most.")]
+LengthOption = Annotated[int, typer.Option(help="Tokens of each, at most.")]
+ColumnOption = Annotated[str, typer.Option(help="Where a table's text is.")]
+BatchSizeOption = Annotated[int, typer.Option(help="Prompts a forward.")]
+ProgressOption = Annotated[bool, typer.Option(help="Show progress bars.")]
+
+
+@contextmanager
+def errors_as_usage() -> Generator[None, None, None]:
+    """Errors that a user's input causes become messages of the command line."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error
+
 
 def open_looped(name: str, *, recurrences: int | None = None) -> HookedLoopedTransformer:
     """Open a looped model.
@@ -40,12 +64,12 @@ def open_looped(name: str, *, recurrences: int | None = None) -> HookedLoopedTra
         FileNotFoundError: If there is no such model.
     """
     if name.startswith(SMOLLM2):
-        found = _LOOPED.fullmatch(name)
-        if found is None:
+        parts = _LOOPED.fullmatch(name)
+        if parts is None:
             raise ValueError(
                 f"{name!r} names no loop: write e.g. smollm2:10-19x3 for layers 10 to 19, three times"
             )
-        first, last, times = map(int, found.groups())
+        first, last, times = map(int, parts.groups())
         net, tokenizer = load_smollm2()
         model = loopify(
             net,
@@ -84,7 +108,7 @@ def prompts_from(
         source: ``stdlib``, the documentation of the running Python; a text file, whose paragraphs are prompts;
             a csv, jsonl or parquet file; a folder that ``datasets`` saved; or a data set's hub id, perhaps with
             its split, ``NAME:test``.
-        count: At most so many. Prompts of at least the length come first.
+        count: The largest number of prompts. Prompts of at least the length come first.
         length: Tokens of each, at most.
         column: Where the text is, in a table.
 
@@ -101,10 +125,10 @@ def prompts_from(
         (long if len(tokens) >= length else short).append(tokens[:length])
         if len(long) == count:
             break
-    found = [tokens for tokens in (long + short)[:count] if len(tokens) > 1]
-    if not found:
+    chosen = [tokens for tokens in (long + short)[:count] if len(tokens) > 1]
+    if not chosen:
         raise ValueError(f"{source} has no prompts of two tokens or more")
-    return found
+    return chosen
 
 
 def _rows(source: str, column: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +12,9 @@ from torch import Tensor, nn
 
 import loop_lens
 from loop_lens.bridge.model import HookedLoopedTransformer
+from loop_lens.experiments.norms import NORMS, require_one_of
 from loop_lens.models.native import LoopedConfig, LoopedTransformer
 
-NORMS: dict[str, dict[str, Any]] = {
-    "pre": {"block_norm": "pre"},
-    "huginn": {"block_norm": "post_residual"},
-    "ouro": {"block_norm": "sandwich", "loop_norm": True},
-}
 _WIDE = 2048  # d_model of Ouro-1.4B and of Llama-3.2-1B
 _HUGINN_DEPTH = 132  # Huginn's effective_expected_depth: 2 + 32 * 4 + 2
 
@@ -48,8 +44,8 @@ class RandomModel:
     double: bool = False
 
     def __post_init__(self) -> None:
-        _require("norm", self.norm, NORMS)
-        _require("init", self.init, INITS)
+        require_one_of("norm", self.norm, NORMS)
+        require_one_of("init", self.init, INITS)
         if self.layers < 1:
             raise ValueError(f"layers must be at least 1, got {self.layers}")
 
@@ -62,9 +58,10 @@ class RandomModel:
             f"{self.norm}-{with_injection}-{self.layers}x-w{self.width}-{self.init}{precision}-s{self.seed}"
         )
 
-    def asdict(self) -> dict[str, Any]:
-        """Its fields."""
-        return asdict(self)
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What models must have in common for one to be given the other's weights in place."""
+        return self.norm, self.injection, self.layers, self.width, self.double
 
     def config(self, recurrences: int, vocabulary: int = 512) -> LoopedConfig:
         """Its configuration."""
@@ -124,7 +121,7 @@ def _kind(name: str) -> str:
 
 
 def _wide(kind: str, weight: Tensor, layers: int) -> float:
-    return 0.02 if kind == "embedding" else 0.02 * math.sqrt(_WIDE / _width(kind, weight))
+    return 0.02 if kind == "embedding" else 0.02 * math.sqrt(_WIDE / _d_model(weight))
 
 
 def _scaled(kind: str, weight: Tensor, layers: int) -> float:
@@ -134,24 +131,22 @@ def _scaled(kind: str, weight: Tensor, layers: int) -> float:
 def _huginn(kind: str, weight: Tensor, layers: int) -> float:
     if kind == "embedding":
         return math.sqrt(2 / 5)  # sqrt(2 / 5 d) times the embedding's factor sqrt(d)
-    std = math.sqrt(2 / (5 * _width(kind, weight)))
+    std = math.sqrt(2 / (5 * _d_model(weight)))
     return std / math.sqrt(2 * _HUGINN_DEPTH) if kind == "output" else std
 
 
-def _fan_in(kind: str, weight: Tensor, layers: int) -> float:
-    return 1.0 if kind == "embedding" else 1 / math.sqrt(weight.shape[1])
+def _over_inputs(factor: int) -> Scale:
+    def scale(kind: str, weight: Tensor, layers: int) -> float:
+        return 1.0 if kind == "embedding" else 1 / math.sqrt(factor * weight.shape[1])
 
-
-def _torch(kind: str, weight: Tensor, layers: int) -> float:
-    return 1.0 if kind == "embedding" else 1 / math.sqrt(3 * weight.shape[1])
+    return scale
 
 
 def _small(kind: str, weight: Tensor, layers: int) -> float:
     return 0.02
 
 
-def _width(kind: str, weight: Tensor) -> int:
-    """d_model, from a weight [out in]."""
+def _d_model(weight: Tensor) -> int:
     return min(weight.shape)
 
 
@@ -167,13 +162,8 @@ INITS: dict[str, tuple[str, Scale]] = {
     ),
     "scaled": ("as wide, output projections divided by sqrt(2 * layers), as in GPT-2", _scaled),
     "identity": ("as scaled, but the injection is 0.7 [I, I]", _scaled),
-    "fan-in": ("std 1/sqrt(inputs), embedding 1", _fan_in),
-    "torch": ("PyTorch's variance: std 1/sqrt(3 inputs), embedding 1", _torch),
+    "fan-in": ("std 1/sqrt(inputs), embedding 1", _over_inputs(1)),
+    "torch": ("PyTorch's variance: std 1/sqrt(3 inputs), embedding 1", _over_inputs(3)),
     "small": ("transformers' normal(0, 0.02) at this very width", _small),
 }
 """Initialisations by name: what they are, and their standard deviations. All are normal distributions."""
-
-
-def _require(what: str, value: str, allowed: dict[str, Any]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{what}={value!r} is unknown: choose one of {', '.join(allowed)}")

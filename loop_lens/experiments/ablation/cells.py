@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from loop_lens.data import AdditionTask, CompositionTask, Task, TextTask
-from loop_lens.experiments.ablation_measures import Measured, Measuring, measure_cell
-from loop_lens.experiments.random_models import NORMS
+from loop_lens.experiments import grid_run
+from loop_lens.experiments.ablation.measures import CellResult, Measuring, measure_cell
+from loop_lens.experiments.norms import NORMS, require_one_of
 from loop_lens.models.native import LoopedConfig, LoopedTransformer
 from loop_lens.training import Fixed, TrainingConfig, train
 
@@ -48,13 +47,9 @@ class Cell:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for what, value, allowed in (
-            ("task", self.task, TASKS),
-            ("norm", self.norm, tuple(NORMS)),
-            ("injection", self.injection, ("linear", "none")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{what}={value!r} is unknown: choose one of {', '.join(allowed)}")
+        require_one_of("task", self.task, TASKS)
+        require_one_of("norm", self.norm, NORMS)
+        require_one_of("injection", self.injection, ("linear", "none"))
         if self.core < 1 or self.outer < 0 or self.recurrences < 1:
             raise ValueError(
                 f"{self}: a model needs at least one core layer, one iteration, and no negative sizes"
@@ -120,11 +115,9 @@ class Settings:
         """The task of that name."""
         if name == "text":
             return TextTask(vocab_size=self.vocabulary, window=self.window)
-        return (
-            AdditionTask(modulus=self.symbols)
-            if name == "addition"
-            else CompositionTask(symbols=self.symbols)
-        )
+        if name == "addition":
+            return AdditionTask(modulus=self.symbols)
+        return CompositionTask(symbols=self.symbols)
 
     def build(self, cell: Cell, vocabulary: int) -> LoopedTransformer:
         """A cell's model with its initial weights."""
@@ -206,64 +199,51 @@ def grid(
     ]
 
 
-def run_cell(cell: Cell, settings: Settings, folder: Path, task: Task, *, progress: bool = True) -> Measured:
-    """Train and measure one cell, or read what an earlier run left of it.
-
-    Raises:
-        ValueError: If the folder holds this cell under other settings.
-    """
-    folder = folder / cell.name
-    folder.mkdir(parents=True, exist_ok=True)
-    _require_same(folder, cell, settings)
-    if _is_measured(folder, settings):
-        return Measured.load(folder / "measured")
-    model = settings.build(cell, task.vocab_size)
-    result = train(model, task, settings.training(cell), folder=folder / "run", progress=progress)
-    initial = settings.build(cell, task.vocab_size).eval()
-    level, how = settings.training(cell).level, settings.measuring
-    found = measure_cell(result.model, initial, task, level, result.log, how, progress=progress)
-    # Under its own name only when it is whole.
-    part = folder / "measured.part"
-    found.save(part)
-    (part / _HOW).write_text(json.dumps(asdict(how)))
-    shutil.rmtree(folder / "measured", ignore_errors=True)
-    part.replace(folder / "measured")
-    return found
-
-
 def run_grid(
     cells: Sequence[Cell], settings: Settings, folder: Path, *, progress: bool = True
-) -> dict[Cell, Measured]:
-    """Train and measure cells in order; a run that was killed goes on where it was."""
+) -> dict[Cell, CellResult]:
+    """Train and measure cells in order; a run that was killed goes on where it was.
+
+    A cell that was measured in another way is measured again, not trained again.
+
+    Raises:
+        ValueError: If the folder holds one of the cells under other settings.
+    """
+    for cell in cells:
+        _require_same(folder / cell.name, cell, settings)
     tasks = {name: settings.task(name) for name in dict.fromkeys(cell.task for cell in cells)}
-    bar = tqdm(cells, desc="cells", delay=2, disable=not progress, leave=False)
-    return {cell: run_cell(cell, settings, folder, tasks[cell.task], progress=progress) for cell in bar}
+
+    def measure(cell: Cell) -> CellResult:
+        task, training = tasks[cell.task], settings.training(cell)
+        model = settings.build(cell, task.vocab_size)
+        result = train(model, task, training, folder=folder / cell.name / "run", progress=progress)
+        initial = settings.build(cell, task.vocab_size)
+        tested = settings.measuring.batch(task, training.level)
+        return measure_cell(result.model, initial, tested, result.log, settings.measuring, progress=progress)
+
+    return grid_run.run_grid(cells, measure, _kept(folder, settings), progress=progress)
 
 
-def finished(cells: Sequence[Cell], settings: Settings, folder: Path) -> dict[Cell, Measured]:
+def finished(cells: Sequence[Cell], settings: Settings, folder: Path) -> dict[Cell, CellResult]:
     """What is measured already, nothing else.
 
     Raises:
         ValueError: If nothing is.
     """
-    done = [cell for cell in cells if _is_measured(folder / cell.name, settings)]
-    if not done:
+    kept = _kept(folder, settings)
+    results = {cell: result for cell in cells if (result := kept.load(cell)) is not None}
+    if not results:
         raise ValueError(f"{folder} holds no measured cell of this grid: run it first")
-    for cell in done:
+    for cell in results:
         _require_same(folder / cell.name, cell, settings)
-    return {cell: Measured.load(folder / cell.name / "measured") for cell in done}
+    return results
 
 
-_HOW = "measuring.json"
 _TEXT = ("vocabulary", "window", "text_steps", "text_batch")
 
 
-def _is_measured(folder: Path, settings: Settings) -> bool:
-    """Whether a cell was measured in this way; in another way, it is measured again, not trained again."""
-    path = folder / "measured" / _HOW
-    return path.exists() and json.loads(path.read_text()) == json.loads(
-        json.dumps(asdict(settings.measuring))
-    )
+def _kept(folder: Path, settings: Settings) -> grid_run.Kept[CellResult]:
+    return grid_run.Kept(folder, CellResult, settings.measuring)
 
 
 def _require_same(folder: Path, cell: Cell, settings: Settings) -> None:
@@ -273,6 +253,7 @@ def _require_same(folder: Path, cell: Cell, settings: Settings) -> None:
     own = {**asdict(cell), **asdict(settings)}
     own = {key: value for key, value in own.items() if key not in (*others, "measuring")}
     if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(own, indent=1))
         return
     before: dict[str, Any] = json.loads(path.read_text())

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from loop_lens.experiments.ablation import Cell
-from loop_lens.experiments.ablation_measures import Measured
+from loop_lens.experiments.ablation.cells import Cell
+from loop_lens.experiments.ablation.measures import CellResult
+from loop_lens.experiments.claims import FAILS, HOLDS, UNTOLD, Verdict, decide, span
 from loop_lens.stages import Stages, stage_agreement
 
-HOLDS, FAILS, UNTOLD = "holds", "does not hold", "cannot be told at this size"
 FIXED, DIRECTION = "fixed point", "direction only"
 GROWS, BACK = 1.05, 0.05
 """Growth of the norm in the second half from which it grows on (seen: 1.8 to 2.1 where it does, below 1.003 where it
@@ -26,37 +25,12 @@ whose steps are 0.47 of its norm has 0.89."""
 LEARNT = {"text": 0.05, "addition": 0.3, "composition": 0.3}
 """Accuracy from which a model has learnt anything: naming one token everywhere gives 0.03 on text and 0.2 on addition
 with 5 symbols, and two models of text did just that."""
+ON_TEXT = "text, pre-norm"
 MIXING = ("colsum_concentration", "mixing_score", "sink_rate")
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What became of one claim.
-
-    Attributes:
-        claim: The claim.
-        where: The models that it was tested on.
-        verdict: ``"holds"``, ``"does not hold"`` or ``"cannot be told at this size"``.
-        numbers: What was measured.
-    """
-
-    claim: str
-    where: str
-    verdict: str
-    numbers: str
-
-
-def decide(agree: Sequence[bool]) -> str:
-    """A claim holds if all models agree, and does not if fewer than half do; between, one seed cannot tell."""
-    if not agree:
-        return UNTOLD
-    if all(agree):
-        return HOLDS
-    return FAILS if 2 * sum(agree) < len(agree) else UNTOLD
-
-
 def kind_of(row: Mapping[str, Any]) -> str:
-    """Where a loop ends up, from a `Measured.summary`.
+    """Where a loop ends up, from a `StateResult.summary`.
 
     ``"fixed point"``, ``"direction only"`` (the norm grows on), ``"drift"`` (it grows on and the
     direction changes), ``"orbit"`` (it comes back to the reference, and
@@ -71,29 +45,28 @@ def kind_of(row: Mapping[str, Any]) -> str:
     return "orbit" if row["nearest"] <= BACK else "none"
 
 
-def summaries(found: Mapping[Cell, Measured]) -> pd.DataFrame:
-    """One row per looped model and state: the cell, and `Measured.summary`."""
+def summaries(results: Mapping[Cell, CellResult]) -> pd.DataFrame:
+    """One row per looped model and state: the cell, and `StateResult.summary`."""
+    names = ("task", "norm", "injection", "core", "outer", "seed")
     rows: list[dict[str, Any]] = [
         {
             "cell": cell.name,
-            "task": cell.task,
-            "norm": cell.norm,
-            "injection": cell.injection,
-            "core": cell.core,
-            "outer": cell.outer,
-            "seed": cell.seed,
-            "learnt": _accuracy(cell, measured) >= LEARNT[cell.task],
-            **measured.summary(state),
+            **{name: getattr(cell, name) for name in names},
+            "learnt": _has_learnt(cell, result),
+            "state": name,
+            **state.summary(),
         }
-        for cell, measured in found.items()
+        for cell, result in results.items()
         if cell.looped
-        for state in ("initial", "trained")
+        for name, state in result.states.items()
     ]
     return pd.DataFrame([{**row, "kind": kind_of(row)} for row in rows])
 
 
-def _accuracy(cell: Cell, measured: Measured) -> float:
-    return float(measured.said["accuracy"][measured.said["recurrences"] == cell.recurrences][0])
+def _has_learnt(cell: Cell, result: CellResult) -> bool:
+    answers = result.answers
+    accuracy = answers["accuracy"][answers["recurrences"] == cell.recurrences]
+    return float(accuracy[0]) >= LEARNT[cell.task]
 
 
 def stability(table: pd.DataFrame, state: str) -> list[Verdict]:
@@ -110,10 +83,10 @@ def stability(table: pd.DataFrame, state: str) -> list[Verdict]:
 
     def claim(text: str, injection: str, norm: str, kinds: Sequence[str], right: bool = True) -> Verdict:
         rows = chosen[(chosen["injection"] == injection) & (chosen["norm"] == norm)]
-        found = list(rows["kind"])
-        agree = [(kind in kinds) == right for kind in found]
-        counted = ", ".join(f"{kind} {found.count(kind)}" for kind in dict.fromkeys(found))
-        numbers = f"{counted}; cosine {_span(rows['cosine'])}, degeneracy {_span(rows['degeneracy'])}"
+        ends = list(rows["kind"])
+        agree = [(kind in kinds) == right for kind in ends]
+        counted = ", ".join(f"{kind} {ends.count(kind)}" for kind in dict.fromkeys(ends))
+        numbers = f"{counted}; cosine {span(rows['cosine'])}, degeneracy {span(rows['degeneracy'])}"
         return Verdict(text, f"{state} models", decide(agree), numbers)
 
     degenerate = chosen[(chosen["injection"] == "none") & (chosen["norm"] == "pre")]["degeneracy"]
@@ -126,7 +99,7 @@ def stability(table: pd.DataFrame, state: str) -> list[Verdict]:
             "without injection pre-norm is degenerate: all layers at one point",
             f"{state} models",
             decide([value >= STABLE for value in degenerate]),
-            f"degeneracy cosine {_span(degenerate)}",
+            f"degeneracy cosine {span(degenerate)}",
         ),
         claim("without injection Huginn's norm is not stable", "none", "huginn", [FIXED, DIRECTION], False),
         claim("without injection Ouro's norm is not stable", "none", "ouro", [FIXED, DIRECTION], False),
@@ -136,12 +109,7 @@ def stability(table: pd.DataFrame, state: str) -> list[Verdict]:
 def layer_spread(found: Stages, metric: str) -> float:
     """How far the loop's layers are apart in a metric, within one recurrence; the mean over recurrences."""
     mean = found.mean(metric)
-    loop = {t for _, t, _, _ in found.firings if t is not None}
-    ranges = [
-        float(np.ptp([float(mean[i]) for i, (_, t, _, _) in enumerate(found.firings) if t == each]))
-        for each in loop
-    ]
-    return sum(ranges) / len(ranges)
+    return float(np.mean([np.ptp(mean[rows].numpy()) for rows in _by_recurrence(found)]))
 
 
 def repetition(found: Stages, metric: str = "mixing_score") -> float:
@@ -149,57 +117,50 @@ def repetition(found: Stages, metric: str = "mixing_score") -> float:
     if found.heads is None:
         raise ValueError("these stages are without attention: measure with patterns=True")
     mean = found.heads.mean(metric)
-    loop = sorted({t for _, t, _, _ in found.firings if t is not None})  # pyright: ignore[reportArgumentType]
-    profiles = [mean[[i for i, f in enumerate(found.firings) if f[1] == t]].flatten().numpy() for t in loop]
-    pairs = pairwise(profiles)
-    return float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in pairs]))
+    profiles = [mean[rows].flatten().numpy() for rows in _by_recurrence(found)]
+    return float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in pairwise(profiles)]))
 
 
-def self_organisation(found: Mapping[Cell, Measured]) -> tuple[pd.DataFrame, list[Verdict]]:
+def _by_recurrence(found: Stages) -> list[list[int]]:
+    """The firings of each recurrence, as indices."""
+    rows: dict[Any, list[int]] = {}
+    for i, (_, t, _, _) in enumerate(found.firings):
+        if t is not None:
+            rows.setdefault(t, []).append(i)
+    return list(rows.values())
+
+
+def self_organisation(results: Mapping[Cell, CellResult]) -> tuple[pd.DataFrame, list[Verdict]]:
     """Whether training sets the layers of the loop apart, the same way in every recurrence.
 
     Returns:
         One row per pre-norm model of text: spread of its layers in the mixing score (nats) and in the
         concentration, before and after training, and how alike successive recurrences are; and the verdicts.
     """
-    rows: list[dict[str, Any]] = [
-        {
-            "cell": cell.name,
-            "core": cell.core,
-            "outer": cell.outer,
-            "injection": cell.injection,
-            "seed": cell.seed,
-            **{
-                f"{metric}_{state}": layer_spread(measured.firings[state], metric)
-                for metric, state in product(("mixing_score", "colsum_concentration"), ("initial", "trained"))
-            },
-            **{
-                f"repetition_{state}": repetition(measured.firings[state]) for state in ("initial", "trained")
-            },
-        }
-        for cell, measured in found.items()
-        if cell.looped and cell.task == "text" and cell.norm == "pre"
-    ]
+    rows: list[dict[str, Any]] = []
+    for cell, result in _pre_norm_on_text(results):
+        row = {name: getattr(cell, name) for name in ("core", "outer", "injection", "seed")}
+        for metric, (name, state) in product(("mixing_score", "colsum_concentration"), result.states.items()):
+            row[f"{metric}_{name}"] = layer_spread(state.stages, metric)
+        repeated = {f"repetition_{name}": repetition(state.stages) for name, state in result.states.items()}
+        rows.append({"cell": cell.name, **row, **repeated})
     table = pd.DataFrame(rows)
     if table.empty:
         return table, []
     apart = [row["mixing_score_trained"] >= APART and row["repetition_trained"] >= ALIKE for row in rows]
     numbers = (
-        f"{sum(apart)} of {len(apart)}; layers of one recurrence differ by {_span(table['mixing_score_trained'])} nats "
-        f"of attention entropy ({_span(table['mixing_score_initial'])} before training), successive recurrences "
-        f"correlate {_span(table['repetition_trained'])} ({_span(table['repetition_initial'])} before)"
+        f"{sum(apart)} of {len(apart)}; layers of one recurrence differ by {span(table['mixing_score_trained'])} nats "
+        f"of attention entropy ({span(table['mixing_score_initial'])} before training), successive recurrences "
+        f"correlate {span(table['repetition_trained'])} ({span(table['repetition_initial'])} before)"
     )
-    most = max(cell.core for cell in found if cell.looped)
+    most = max(cell.core for cell in results if cell.looped)
     return table, [
         Verdict(
-            "mixing stages organise themselves: layers differ, and repeat it",
-            "text, pre-norm",
-            decide(apart),
-            numbers,
+            "mixing stages organise themselves: layers differ, and repeat it", ON_TEXT, decide(apart), numbers
         ),
         Verdict(
             "there are several such stages in a recurrence",
-            "text, pre-norm",
+            ON_TEXT,
             UNTOLD,
             f"blocks of at most {most} layers leave no room for several; the paper's have 4, 8 and 12",
         ),
@@ -212,11 +173,11 @@ a feed-forward reference), and correlation from which recurrences are alike (see
 0.995 after it)."""
 
 
-def matches(found: Mapping[Cell, Measured], length: int) -> tuple[pd.DataFrame, list[Verdict]]:
+def matches(results: Mapping[Cell, CellResult], length: int) -> tuple[pd.DataFrame, list[Verdict]]:
     """How near the pre-norm models' recurrences are to the feed-forward references in mixing.
 
     Args:
-        found: What was measured.
+        results: What was measured.
         length: Tokens of a prompt.
 
     Returns:
@@ -224,7 +185,7 @@ def matches(found: Mapping[Cell, Measured], length: int) -> tuple[pd.DataFrame, 
         % of depth, mean over recurrences and over concentration, sink rate and mixing score (over log T), all
         from 0 to 1; and the verdict.
     """
-    references = {cell.seed: measured for cell, measured in found.items() if not cell.looped}
+    references = {cell.seed: result for cell, result in results.items() if not cell.looped}
     rows = [
         {
             "cell": cell.name,
@@ -232,10 +193,9 @@ def matches(found: Mapping[Cell, Measured], length: int) -> tuple[pd.DataFrame, 
             "variant": _variant(cell),
             "seed": cell.seed,
             "reference": seed,
-            **distance_to(measured.firings["trained"], reference.firings["trained"], length),
+            **distance_to(result.trained.stages, reference.trained.stages, length),
         }
-        for cell, measured in found.items()
-        if cell.looped and cell.task == "text" and cell.norm == "pre"
+        for cell, result in _pre_norm_on_text(results)
         for seed, reference in references.items()
     ]
     table = pd.DataFrame(rows)
@@ -254,10 +214,19 @@ def matches(found: Mapping[Cell, Measured], length: int) -> tuple[pd.DataFrame, 
     claim = "the best match to feed-forward is with prelude and coda and without injection"
     # Which one is nearest must not depend on the seed or the reference, either way.
     verdict = UNTOLD if not best or 0 < sum(best) < len(best) else HOLDS if best[0] else FAILS
-    return table, [Verdict(claim, "text, pre-norm", verdict, numbers)]
+    return table, [Verdict(claim, ON_TEXT, verdict, numbers)]
 
 
 PLAIN = "prelude and coda"
+
+
+def _pre_norm_on_text(results: Mapping[Cell, CellResult]) -> list[tuple[Cell, CellResult]]:
+    """The looped models of text with pre-norm."""
+    return [
+        (cell, result)
+        for cell, result in results.items()
+        if cell.looped and cell.task == "text" and cell.norm == "pre"
+    ]
 
 
 def _variant(cell: Cell) -> str:
@@ -283,7 +252,7 @@ def distance_to(looped: Stages, reference: Stages, length: float) -> dict[str, f
     return {**parts, "distance": sum(parts.values()) / len(parts)}
 
 
-def beyond_training(found: Mapping[Cell, Measured]) -> tuple[pd.DataFrame, list[Verdict]]:
+def beyond_training(results: Mapping[Cell, CellResult]) -> tuple[pd.DataFrame, list[Verdict]]:
     """Whether what was learnt lasts beyond the trained number of iterations.
 
     Returns:
@@ -291,46 +260,29 @@ def beyond_training(found: Mapping[Cell, Measured]) -> tuple[pd.DataFrame, list[
         and the number with the best loss; and the verdicts, which are on no claim of the paper.
     """
     rows: list[dict[str, Any]] = []
-    for cell, measured in found.items():
+    for cell, result in results.items():
         if not cell.looped:
             continue
-        said: Any = measured.to_dataframe().set_index("recurrences")
+        answers: Any = result.to_dataframe().set_index("recurrences")
         row: dict[str, Any] = {"cell": cell.name, "injection": cell.injection, "norm": cell.norm}
-        row["learnt"] = _accuracy(cell, measured) >= LEARNT[cell.task]
-        for name, r in (
-            ("one", 1),
-            ("trained", cell.recurrences),
-            ("twice", 2 * cell.recurrences),
-            ("most", said.index.max()),
-        ):
-            row |= {f"loss_{name}": said["loss"][r], f"accuracy_{name}": said["accuracy"][r]}
-        rows.append(row | {"best": int(said["loss"].idxmin())})
+        row["learnt"] = _has_learnt(cell, result)
+        r = cell.recurrences
+        for name, n in {"one": 1, "trained": r, "twice": 2 * r, "most": answers.index.max()}.items():
+            row |= {f"loss_{name}": answers["loss"][n], f"accuracy_{name}": answers["accuracy"][n]}
+        rows.append(row | {"best": int(answers["loss"].idxmin())})
     table = pd.DataFrame(rows)
     verdicts: list[Verdict] = []
     for (name, text), injection in product((("twice", "twice"), ("most", "eight times")), ("linear", "none")):
         some: Any = table[(table["injection"] == injection) & table["learnt"]]
         lost = some["accuracy_trained"] - some[f"accuracy_{name}"]
         kept = [bool(value <= LOST) for value in lost]
-        with_injection = "with injection" if injection == "linear" else "without injection"
-        numbers = f"{sum(kept)} of {len(kept)}; accuracy lost {_span(lost)}"
+        where = f"trained models {'with' if injection == 'linear' else 'without'} injection"
+        numbers = f"{sum(kept)} of {len(kept)}; accuracy lost {span(lost)}"
         verdicts.append(
-            Verdict(
-                f"accuracy lasts at {text} the trained iterations",
-                f"trained models {with_injection}",
-                decide(kept),
-                numbers,
-            )
+            Verdict(f"accuracy lasts at {text} the trained iterations", where, decide(kept), numbers)
         )
     return table, verdicts
 
 
 LOST = 0.02
 """Accuracy that may be lost: two standard errors of an accuracy of 0.8 on the 1920 places of the synthetic test set."""
-
-
-def _span(values: Any) -> str:
-    known = [float(value) for value in values if not math.isnan(value)]
-    if not known:
-        return "none"
-    low, high = f"{min(known):.3g}", f"{max(known):.3g}"
-    return low if low == high else f"{low} to {high}"

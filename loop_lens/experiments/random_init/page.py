@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from loop_lens.experiments.page import how_it_was_made, markdown_table, notes_of, save_csv, save_figure
-from loop_lens.experiments.random_figures import figure_6, figure_31, layer_grid
-from loop_lens.experiments.random_init import Measured, Settings, pooled
-from loop_lens.experiments.random_models import INITS
-from loop_lens.experiments.verdicts import CLAIMS, Claim, Verdict, tally, verdict_table, verdicts
+from loop_lens.experiments import report
+from loop_lens.experiments.random_init.figures import figure_6, figure_31, layer_grid
+from loop_lens.experiments.random_init.measures import Kind, RandomResult, Settings, pooled
+from loop_lens.experiments.random_init.models import INITS
+from loop_lens.experiments.random_init.verdicts import (
+    CLAIMS,
+    Claim,
+    SeedsVerdict,
+    seeds_table,
+    tally,
+    verdicts,
+)
 
 _NUMBERS = {
     "settled_cosine": "cosine beyond",
@@ -29,13 +37,13 @@ _NUMBERS = {
 
 
 def write_results(
-    results: Sequence[Measured],
-    variants: Mapping[str, Sequence[Measured]],
+    results: Sequence[RandomResult],
+    variants: Mapping[str, Sequence[RandomResult]],
     settings: Settings,
     *,
     out: Path,
     command: str,
-) -> list[Verdict]:
+) -> list[SeedsVerdict]:
     """Write figures and tables into a folder, and the page beside it, under the folder's name.
 
     Args:
@@ -52,76 +60,15 @@ def write_results(
     found, models = verdicts(results), pooled(results)
     depths = sorted({layers for layers, _, _ in models})
     main = 12 if 12 in depths else depths[-1]
-    summary = pd.DataFrame([result.summary() for result in results])
-    save_csv(summary, out / "models.csv")
-    save_csv(verdict_table(found), out / "verdicts.csv")
-    for name, figure in {
-        "figure_6": figure_6(models, layers=main),
-        "figure_29": layer_grid(
-            models,
-            "last_distance",
-            layers=main,
-            overlay="last_distance",
-            log=True,
-            ylabel="distance to last state",
-        ),
-        "figure_30": layer_grid(
-            models, "last_cosine", layers=main, overlay="last_cosine", ylabel="cosine to last state"
-        ),
-        "beyond": layer_grid(
-            models,
-            "cosine",
-            layers=main,
-            overlay="cosine",
-            ylabel=f"cosine to iteration {settings.reference}",
-        ),
-        "figure_31": figure_31(models),
-        "steps": layer_grid(models, "relative_step", layers=main, log=True, ylabel="step / norm"),
-    }.items():
-        save_figure(figure, out / f"{name}.png")
-    table = None
+    report.save_csv(pd.DataFrame([result.summary() for result in results]), out / "models.csv")
+    report.save_csv(seeds_table(found), out / "verdicts.csv")
     if variants:
-        table = tally(variants)
-        save_csv(table, out / "variants.csv")
-    page = _page(results, found, table, settings, main=main, out=out, command=command)
-    out.with_suffix(".md").write_text(page, encoding="utf-8")
-    return found
-
-
-def _page(
-    results: Sequence[Measured],
-    found: Sequence[Verdict],
-    variants: pd.DataFrame | None,
-    settings: Settings,
-    *,
-    main: int,
-    out: Path,
-    command: str,
-) -> str:
-    spec, folder = results[0].of, out.name
-    depths = sorted({result.of.layers for result in results})
-    seeds = len({result.of.seed for result in results})
-    rows: list[dict[str, str]] = []
-    for claim in CLAIMS:
-        row = {"the paper's verdict": claim.text, "wanted": _wanted(claim)}
-        for verdict in found:
-            if verdict.claim is claim:
-                word = "holds" if verdict.holds else "**does not hold**"
-                row[f"{verdict.layers} layers"] = f"{word} ({verdict.worst:.3g})"
-        rows.append(row)
-    numbers = [
-        {
-            "injection": "yes" if result.of.injection else "no",
-            "norm": result.of.norm,
-            **{short: result.summary()[name] for name, short in _NUMBERS.items()},
-        }
-        for (layers, _, _), result in pooled(results).items()
-        if layers == main
-    ]
-    held = sum(verdict.holds for verdict in found)
+        report.save_csv(tally(variants), out / "variants.csv")
+    for name, figure in _figures(models, main, settings.reference).items():
+        report.save_figure(figure, out / f"{name}.png")
+    at = {"last": settings.recurrences, "reference": settings.reference}
+    spec, seeds = results[0].of, len({result.of.seed for result in results})
     parts = [
-        "# Models with random weights",
-        how_it_was_made(command),
         _METHOD.format(
             depths=", ".join(map(str, depths)),
             seeds=seeds,
@@ -129,38 +76,76 @@ def _page(
             heads=max(1, spec.width // 32),
             prompts=settings.prompts,
             length=settings.length,
-            last=settings.recurrences,
-            reference=settings.reference,
             init=INITS[spec.init][0],
+            **at,
         ),
-        f"## Verdicts\n\n{held} of {len(found)} hold. The number is the seed's that is farthest from the claim; a "
-        "verdict holds if every seed is on the right side of the threshold.\n",
-        markdown_table(pd.DataFrame(rows)),
-        _READINGS.format(reference=settings.reference, last=settings.recurrences),
-        f"## The six models at {main} layers\n\nMeans over seeds; each number is of the layer where it is worst.\n",
-        markdown_table(pd.DataFrame(numbers)),
-        _NUMBERS_TEXT.format(reference=settings.reference, last=settings.recurrences),
+        f"## Verdicts\n\n{sum(v.holds for v in found)} of {len(found)} hold. The number is the seed's that is farthest "
+        "from the claim; a verdict holds if every seed is on the right side of the threshold.",
+        report.markdown_table(_by_depth(found)),
+        _READINGS.format(**at),
+        f"## The six models at {main} layers\n\nMeans over seeds; each number is of the layer where it is worst.",
+        report.markdown_table(_numbers(models, main)),
+        _NUMBERS_TEXT.format(**at),
     ]
-    if variants is not None:
+    if variants:
         parts += [
             f"## What the verdicts depend on\n\nThe same {len(CLAIMS)} claims at 12 layers, one change at a time; "
-            "✗ where a claim does not hold.\n",
-            markdown_table(variants),
+            "✗ where a claim does not hold.",
+            report.markdown_table(tally(variants)),
             "Initialisations:\n\n" + "\n".join(f"- *{name}*: {text}." for name, (text, _) in INITS.items()),
         ]
-    parts += notes_of(out)
-    parts.append("## Figures\n")
-    for name, text in _FIGURES.items():
-        parts.append(f"![{name}]({folder}/{name}.png)\n\n*{text.format(layers=main, **_at(settings))}*\n")
+    parts += [report.notes_of(out), "## Figures"]
+    parts += [
+        report.picture(out, name, caption=text.format(layers=main, **at)) for name, text in _FIGURES.items()
+    ]
+    tables = {
+        "verdicts": "verdicts",
+        "every model": "models",
+        **({"variants": "variants"} if variants else {}),
+    }
     parts.append(
-        f"Tables: [verdicts]({folder}/verdicts.csv), [every model]({folder}/models.csv)"
-        + (f", [variants]({folder}/variants.csv)." if variants is not None else ".")
+        "Tables: " + ", ".join(f"[{text}]({out.name}/{name}.csv)" for text, name in tables.items()) + "."
     )
-    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+    report.write_page(out, "Models with random weights", command, parts)
+    return found
 
 
-def _at(settings: Settings) -> dict[str, int]:
-    return {"last": settings.recurrences, "reference": settings.reference}
+def _figures(models: Mapping[Kind, RandomResult], layers: int, reference: int) -> dict[str, Any]:
+    def by_layer(curve: str, ylabel: str, **options: Any) -> Any:
+        return layer_grid(models, curve, layers=layers, ylabel=ylabel, **options)
+
+    return {
+        "figure_6": figure_6(models, layers=layers),
+        "figure_29": by_layer("last_distance", "distance to last state", overlay="last_distance", log=True),
+        "figure_30": by_layer("last_cosine", "cosine to last state", overlay="last_cosine"),
+        "beyond": by_layer("cosine", f"cosine to iteration {reference}", overlay="cosine"),
+        "figure_31": figure_31(models),
+        "steps": by_layer("relative_step", "step / norm", log=True),
+    }
+
+
+def _by_depth(found: Sequence[SeedsVerdict]) -> pd.DataFrame:
+    """One row per claim, a column per depth."""
+    rows: list[dict[str, str]] = []
+    for claim in CLAIMS:
+        row = {"the paper's verdict": claim.text, "wanted": _wanted(claim)}
+        for verdict in found:
+            if verdict.of is claim:
+                word = verdict.verdict if verdict.holds else f"**{verdict.verdict}**"
+                row[verdict.where] = f"{word} ({verdict.worst:.3g})"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _numbers(models: Mapping[Kind, RandomResult], layers: int) -> pd.DataFrame:
+    """One row per model of one depth."""
+    rows: list[dict[str, Any]] = []
+    for (n, injection, norm), result in models.items():
+        if n == layers:
+            summary = result.summary()
+            named = {"injection": "yes" if injection else "no", "norm": norm}
+            rows.append(named | {short: summary[name] for name, short in _NUMBERS.items()})
+    return pd.DataFrame(rows)
 
 
 def _wanted(claim: Claim) -> str:

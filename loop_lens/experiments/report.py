@@ -44,15 +44,42 @@ def _cell(value: Any, digits: int) -> str:
     return "" if value is None or value is pd.NA else str(value).replace("|", "\\|")
 
 
-def how_it_was_made(command: str) -> str:
-    """The command and the versions, for the top of a page."""
-    return f"```bash\n{command}\n```\n\n{versions()}.\n"
+def command_line(name: str, **options: Any) -> str:
+    """A command as it was given, without the options that are None or empty."""
+    given = "".join(
+        f" --{key.replace('_', '-')} {value}" for key, value in options.items() if value not in (None, "")
+    )
+    return f"python -m loop_lens.experiments {name}{given}"
 
 
-def notes_of(out: Path) -> list[str]:
+def write_page(out: Path, title: str, command: str, parts: Iterable[str]) -> Path:
+    """Write ``out.md``: the title, the command, the versions, then the parts.
+
+    Args:
+        out: The folder of the page's figures and tables.
+        title: Its heading.
+        command: The command that was given.
+        parts: Paragraphs, tables and pictures; empty ones are left out.
+
+    Returns:
+        The page.
+    """
+    page = out.with_name(f"{out.name}.md")
+    head = (f"# {title}", f"```bash\n{command}\n```", f"{versions()}.")
+    texts = [part.strip("\n") for part in (*head, *parts)]
+    page.write_text("\n\n".join(text for text in texts if text) + "\n", encoding="utf-8")
+    return page
+
+
+def picture(out: Path, name: str, alt: str = "", caption: str = "") -> str:
+    """A figure of the folder, with a caption below it if there is one."""
+    return f"![{alt or name}]({out.name}/{name}.png)" + (f"\n\n*{caption}*" if caption else "")
+
+
+def notes_of(out: Path) -> str:
     """What somebody wrote into the folder's ``notes.md``, which goes into the page whenever it is made."""
     notes = out / "notes.md"
-    return [notes.read_text(encoding="utf-8")] if notes.exists() else []
+    return notes.read_text(encoding="utf-8") if notes.exists() else ""
 
 
 def save_figure(figure: Any, path: Path, *, dpi: int = 90, few_colours: bool = True) -> Path:
@@ -85,10 +112,15 @@ def save_tables(results: Mapping[str, Result], out: Path) -> Path:
 
     The folder is kept out of git: it can be made again, and is large.
     """
-    folder = out / "tables"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ".gitignore").write_text("*\n")
+    folder = ignored_folder(out / "tables")
     for name, result in results.items():
         result.to_parquet(folder / f"{name}.parquet")
         result.save(folder / f"{name}.safetensors")
+    return folder
+
+
+def ignored_folder(folder: Path) -> Path:
+    """A folder that git leaves out, made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".gitignore").write_text("*\n")
     return folder

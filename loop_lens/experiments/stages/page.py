@@ -7,14 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from loop_lens.experiments.page import (
-    how_it_was_made,
-    markdown_table,
-    notes_of,
-    save_csv,
-    save_figure,
-    save_tables,
-)
+from loop_lens.experiments import report
 from loop_lens.measuring.results import Result
 from loop_lens.stages import Stages, stage_agreement
 
@@ -53,46 +46,46 @@ def write_stages(
     Returns:
         The page.
     """
-    out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Result] = {"stages": found}
-    parts = [f"# Stages of {name}", how_it_was_made(command), about, *notes_of(out)]
+    out.mkdir(parents=True, exist_ok=True)
+    parts = [about, report.notes_of(out)]
     if against is not None:
-        results["against"] = against
         agreement = stage_agreement(found, against)
-        results["agreement"] = agreement
+        results |= {"against": against, "agreement": agreement}
         table = agreement.to_dataframe()
-        save_csv(table, out / "agreement.csv")
+        report.save_csv(table, out / "agreement.csv")
         wide = table.pivot(index="metric", columns="recurrence", values="correlation")
         wide = wide.reset_index().rename(columns={t: f"recurrence {t}" for t in wide.columns})
+        report.save_figure(agreement.plot(), out / "agreement.png")
         parts += [
             f"## Against {other}\n\nCorrelation of each recurrence's curve over % of depth with the feed-forward "
             "model's at the same depths.",
-            markdown_table(wide),
+            report.markdown_table(wide),
+            report.picture(out, "agreement"),
         ]
-        save_figure(agreement.plot(), out / "agreement.png")
-        parts.append(f"![agreement]({out.name}/agreement.png)")
-    save_tables(results, out)
-    save_csv(_by_recurrence(found), out / "recurrences.csv")
+    report.save_tables(results, out)
+    by_recurrence = _by_recurrence(found)
+    report.save_csv(by_recurrence, out / "recurrences.csv")
     parts += [
         "## By recurrence\n\nMeans over the blocks of each recurrence.",
-        markdown_table(_by_recurrence(found)),
+        report.markdown_table(by_recurrence),
     ]
     reference: Any = None if against is None else {str(other): against}
     for metric, text in _SHOWN.items():
         if metric not in found.metrics:
             continue
-        for by in ("recurrence", "layer") if metric == "relative_matrix_entropy" else ("recurrence",):
-            # By layer, every layer of the reference would be a line of its own.
-            figure = found.plot(metric, by, against=reference if by == "recurrence" else None)
+        curves = {metric: (found.plot(metric, "recurrence", against=reference), text)}
+        if (
+            metric == "relative_matrix_entropy"
+        ):  # without the reference, every layer of which would be a line of its own
+            by_layer = found.plot(metric, "layer")
+            curves[f"{metric}_by_layer"] = by_layer, f"{text}, a line per layer of the loop"
+        for label, (figure, caption) in curves.items():
             if metric.endswith("norm"):
                 figure.axes[0].set_yscale("log")
-            label = metric if by == "recurrence" else f"{metric}_by_layer"
-            save_figure(figure, out / f"{label}.png")
-            words = text if by == "recurrence" else f"{text}, a line per layer of the loop"
-            parts.append(f"![{label}]({out.name}/{label}.png)\n\n*{words[0].upper()}{words[1:]}.*")
-    page = out.with_suffix(".md")
-    page.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
-    return page
+            report.save_figure(figure, out / f"{label}.png")
+            parts.append(report.picture(out, label, caption=f"{caption[0].upper()}{caption[1:]}."))
+    return report.write_page(out, f"Stages of {name}", command, parts)
 
 
 def _by_recurrence(found: Stages) -> pd.DataFrame:

@@ -48,7 +48,7 @@ class Dynamics:
         pairs: Attention and stream of every two firings (M7, M8), on few prompts.
         spectrum: Of the first, a middle and the last iteration's Jacobian, on the first prompt's first tokens.
         trajectories: The last token's states of few prompts, in principal components.
-        extrapolation: What the model says against the number of iterations.
+        extrapolation: What the model answers against the number of iterations.
     """
 
     convergence: Convergence

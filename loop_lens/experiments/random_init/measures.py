@@ -1,28 +1,29 @@
-"""The paper's grid of models with random weights: measured one by one, kept on disk, read again."""
+"""What is measured of the paper's grid of models with random weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import groupby, product
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
-from tqdm.auto import tqdm
 
 from loop_lens.bridge.model import HookedLoopedTransformer
-from loop_lens.dynamics import LIMIT_KINDS, limiting_behaviours, spectral_radius
+from loop_lens.dynamics import LIMIT_KINDS, convergence, limit_table, spectral_radius
 from loop_lens.dynamics.limits import LEAST
-from loop_lens.experiments.random_models import NORMS, RandomModel
-from loop_lens.measuring.moments import DivergedError
+from loop_lens.experiments.grid_run import Kept, run_grid
+from loop_lens.experiments.norms import NORMS
+from loop_lens.experiments.random_init.models import RandomModel
 from loop_lens.measuring.results import Result
 
+_STEPS = ("norm", "step", "relative_step", "step_cosine")
+_TO_A_STATE = ("distance", "cosine")
 _ANGLE_FLOOR = math.sqrt(2 * torch.finfo(torch.float32).eps)  # what rounding of a cosine near 1 looks like
 
 Kind = tuple[int, bool, str]
@@ -63,11 +64,6 @@ class Settings:
                 f"{self.prompts} prompts of {self.length} tokens are too few: give at least one of two tokens"
             )
 
-    @property
-    def name(self) -> str:
-        """A name for files."""
-        return f"{self.recurrences}-{self.reference}-{self.prompts}x{self.length}-k{self.krylov}"
-
     def tokens(self, vocabulary: int) -> Int[Tensor, "prompt pos"]:
         """The prompts, the same for all models."""
         generator = torch.Generator().manual_seed(0)
@@ -75,15 +71,15 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Measured(Result):
+class RandomResult(Result):
     """What was measured of one model, or of several that differ by seed alone.
 
     Attributes:
         model: The fields of its `RandomModel`.
         curves: Means over tokens [iteration layer]: ``norm``; ``step``, ``relative_step``, ``step_cosine`` (M1,
             M2); ``last_distance``, ``last_cosine`` (M4, M5, to the last measured iteration); ``distance``,
-            ``relative_distance``, ``cosine`` to the reference beyond, and ``matrix_distance``, the relative
-            distance of the whole [pos d_model] matrix.
+            ``relative_distance``, ``cosine`` to the reference beyond, and ``matrix_distance``, that of the whole
+            [pos d_model] matrix, in the mean over prompts, relative to the matrix' norm.
         degeneracy: Means over tokens [iteration] of M9: ``last_cosine`` and ``last_distance``, the least cosine
             and the largest distance between layer 0 and any layer's last state; ``cosine`` and ``distance``
             to the states of the reference.
@@ -178,69 +174,34 @@ def _late(curve: Tensor) -> Tensor:
     return curve[-max(1, len(curve) // 4) :].mean(0)
 
 
-@torch.no_grad()
-def states_of(
-    model: HookedLoopedTransformer, tokens: Tensor
-) -> Float[Tensor, "iteration layer token d_model"]:
-    """Every block's output, as plain hooks on the blocks see it, iteration after iteration."""
-    native: Any = model.original_model
-    seen: list[Tensor] = []
-    handles = [
-        block.register_forward_hook(lambda module, args, output: seen.append(output.flatten(0, 1)))
-        for block in native.model.core
-    ]
-    try:
-        native(tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return torch.stack(seen).unflatten(0, (-1, len(handles)))
+def measure_one(spec: RandomModel, model: HookedLoopedTransformer, settings: Settings) -> RandomResult:
+    """Measure a model that has its weights.
 
-
-def measure_one(spec: RandomModel, model: HookedLoopedTransformer, settings: Settings) -> Measured:
-    """Measure a model that has its weights and runs to the reference.
-
-    All states are kept, so one run serves both references; where there is no room for them,
-    `loop_lens.dynamics.convergence` measures the same.
+    Raises:
+        DivergedError: If states become NaN or infinite; names the first iteration.
     """
     tokens = settings.tokens(model.cfg.d_vocab)
-    states = states_of(model, tokens)
-    if not bool(states.isfinite().all()):
-        first = int((~states.isfinite()).flatten(1).any(1).nonzero()[0])
-        raise DivergedError(f"the states of {spec.name} became NaN or infinite, first at iteration {first}")
-    x, end = states[: settings.recurrences], states[-1]
-    last = x[-1]
-    norm, apart = x.norm(dim=-1), (x - end).norm(dim=-1)
-    step = torch.full_like(norm, math.nan)
-    step[1:] = (x[1:] - x[:-1]).norm(dim=-1)
-    turn = torch.full_like(norm, math.nan)
-    turn[1:] = cosine_similarity(x[1:], x[:-1], dim=-1)
-    to_last = cosine_similarity(x, last[None], dim=-1)
-    curves = {
-        "norm": norm,
-        "step": step,
-        "relative_step": step / norm,
-        "step_cosine": turn,
-        "last_distance": (x - last).norm(dim=-1),
-        "last_cosine": to_last,
-        "distance": apart,
-        "relative_distance": apart / norm,
-        "cosine": cosine_similarity(x, end[None], dim=-1),
+    options: dict[str, Any] = {"patterns": False, "progress": False}
+    with model.at_recurrences(settings.recurrences):
+        beyond = convergence(model, tokens, reference=settings.reference, **options)
+        last = convergence(model, tokens, reference=settings.recurrences, keep=True, **options)
+        limits = limit_table(model, tokens, progress=False)
+        radius = math.nan
+        if settings.krylov:
+            few = tokens[:1, :16]
+            radii = spectral_radius(model, few, iteration=settings.recurrences - 1, steps=settings.krylov)
+            radius = float(radii.max())
+    curves = {name: beyond.mean(name) for name in (*_STEPS, *_TO_A_STATE, "relative_distance")}
+    # The Frobenius norm of the states of one prompt is the root mean square of its tokens' norms, times sqrt(pos).
+    whole = (beyond.mean("norm") ** 2 + beyond.std("norm") ** 2).sqrt() * math.sqrt(settings.length)
+    curves["matrix_distance"] = beyond.mean("matrix_distance") / whole
+    curves |= {f"last_{name}": last.mean(name) for name in _TO_A_STATE}
+    degeneracy = {
+        f"{prefix}{name}": found.mean(f"degeneracy_{name}")[:, 0]
+        for prefix, found in (("", beyond), ("last_", last))
+        for name in _TO_A_STATE
     }
-    whole = apart.unflatten(-1, tokens.shape).norm(dim=-1) / norm.unflatten(-1, tokens.shape).norm(dim=-1)
-    degeneracy: dict[str, Tensor] = {}
-    for name, goal in (("last_", last), ("", end)):
-        degeneracy[f"{name}cosine"] = cosine_similarity(x[:, :1], goal[None], dim=-1).amin(1).mean(-1)
-        degeneracy[f"{name}distance"] = (x[:, :1] - goal).norm(dim=-1).amax(1).mean(-1)
-    kind = limiting_behaviours(to_last[:-1].permute(1, 2, 0)).kind[0, 0]  # layer token
-    kinds = torch.nn.functional.one_hot(kind, len(LIMIT_KINDS)).sum(1)
-    radius = math.nan
-    if settings.krylov:
-        few = tokens[:1, :16]
-        radii = spectral_radius(model, few, iteration=settings.recurrences - 1, steps=settings.krylov)
-        radius = float(radii.max())
-    means = {name: values.mean(-1) for name, values in curves.items()}
-    return Measured(spec.asdict(), {**means, "matrix_distance": whole.mean(-1)}, degeneracy, kinds, radius)
+    return RandomResult(asdict(spec), curves, degeneracy, limits.counts[0, 0, 0, : spec.layers], radius)
 
 
 def grid(
@@ -258,14 +219,14 @@ def grid(
     ]
 
 
-def run_grid(
+def measure_grid(
     models: Iterable[RandomModel],
     settings: Settings,
     *,
     cache: Path | None = None,
     resume: bool = True,
     progress: bool = True,
-) -> list[Measured]:
+) -> list[RandomResult]:
     """Measure models, or read what an earlier run measured of them.
 
     Args:
@@ -278,56 +239,39 @@ def run_grid(
     Returns:
         What was measured, in the models' order.
     """
-    if cache is not None:
-        cache.mkdir(parents=True, exist_ok=True)
-        (cache / ".gitignore").write_text("*\n")
-    found: list[Measured] = []
-    every = list(models)
-    with tqdm(total=len(every), desc="random models", delay=2, disable=not progress, leave=False) as bar:
-        for _, alike in groupby(every, key=_shape):
-            opened: HookedLoopedTransformer | None = None
-            for spec in alike:
-                file = cache / f"{spec.name}-{settings.name}.safetensors" if cache is not None else None
-                if file is not None and resume and file.exists():
-                    found.append(Measured.load(file))
-                else:
-                    if opened is None:
-                        opened = spec.open(settings.reference)
-                    else:
-                        spec.initialise(opened)
-                    result = measure_one(spec, opened, settings)
-                    if file is not None:
-                        # Under its own name only when it is whole.
-                        part = file.with_suffix(".part")
-                        result.save(part)
-                        part.replace(file)
-                    found.append(result)
-                bar.update()
-    return found
+    opened: dict[tuple[Any, ...], HookedLoopedTransformer] = {}
+
+    def measure(spec: RandomModel) -> RandomResult:
+        if spec.shape in opened:
+            spec.initialise(opened[spec.shape])
+        else:
+            opened.clear()
+            opened[spec.shape] = spec.open(settings.reference)
+        return measure_one(spec, opened[spec.shape], settings)
+
+    kept = None if cache is None else Kept(cache, RandomResult, settings)
+    found = run_grid(models, measure, kept, resume=resume, progress=progress, what="random models")
+    return list(found.values())
 
 
-def _shape(spec: RandomModel) -> tuple[Any, ...]:
-    return spec.norm, spec.injection, spec.layers, spec.width, spec.double
-
-
-def pooled(results: Iterable[Measured]) -> dict[Kind, Measured]:
+def pooled(results: Iterable[RandomResult]) -> dict[Kind, RandomResult]:
     """The models that differ by seed alone as one, by (layers, injection, norm): curves and radii averaged."""
-    groups: dict[Kind, list[Measured]] = {}
+    return {kind: _mean(seeds) for kind, seeds in by_kind(results).items()}
+
+
+def by_kind(results: Iterable[RandomResult]) -> dict[Kind, list[RandomResult]]:
+    """Results by (layers, injection, norm)."""
+    groups: dict[Kind, list[RandomResult]] = {}
     for result in results:
-        groups.setdefault(kind_of(result), []).append(result)
-    return {key: _mean(seeds) for key, seeds in groups.items()}
+        groups.setdefault((result.of.layers, result.of.injection, result.of.norm), []).append(result)
+    return groups
 
 
-def kind_of(result: Measured) -> Kind:
-    """(layers, injection, norm) of a measured model."""
-    return result.of.layers, result.of.injection, result.of.norm
-
-
-def _mean(seeds: list[Measured]) -> Measured:
+def _mean(seeds: list[RandomResult]) -> RandomResult:
     def mean(field: str) -> dict[str, Tensor]:
         first: dict[str, Tensor] = getattr(seeds[0], field)
         return {name: torch.stack([getattr(each, field)[name] for each in seeds]).mean(0) for name in first}
 
     kinds = torch.stack([each.kinds for each in seeds]).sum(0)
     radius = sum(each.radius for each in seeds) / len(seeds)
-    return Measured(seeds[0].model, mean("curves"), mean("degeneracy"), kinds, radius)
+    return RandomResult(seeds[0].model, mean("curves"), mean("degeneracy"), kinds, radius)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal
 
 import pandas as pd
 
-from loop_lens.experiments.random_init import Kind, Measured, kind_of
+from loop_lens.experiments.claims import Verdict, decide_strictly
+from loop_lens.experiments.random_init.measures import RandomResult, by_kind
 
 TAU = 0.05
 """Algorithm 1's tolerance of a cosine, which the verdicts take over.
@@ -45,40 +47,34 @@ class Claim:
     text: str
     injection: bool
     norm: str
-    measure: Callable[[Measured], float]
+    measure: Callable[[RandomResult], float]
     measured: str
     side: Side
     threshold: float
 
+    def met(self, value: float) -> bool:
+        """Whether a number lies on the claim's side; NaN does not."""
+        return value >= self.threshold if self.side == "above" else value < self.threshold
+
 
 @dataclass(frozen=True)
-class Verdict:
-    """Whether a claim holds for the models of one depth.
+class SeedsVerdict(Verdict):
+    """Whether a claim holds for the models of one depth: for every seed, or it does not.
 
     Attributes:
-        claim: The claim.
+        of: The claim.
         layers: Blocks in the loop.
         values: The number of each seed.
-        holds: Whether all are on the claim's side.
     """
 
-    claim: Claim
+    of: Claim
     layers: int
     values: tuple[float, ...]
-    holds: bool
 
     @property
     def worst(self) -> float:
         """The seed farthest from what is claimed."""
-        return min(self.values) if self.claim.side == "above" else max(self.values)
-
-    def __str__(self) -> str:
-        sign = ">=" if self.claim.side == "above" else "<"
-        seeds = ", ".join(f"{value:.3g}" for value in self.values)
-        return (
-            f"{'holds' if self.holds else 'does not hold'}: {self.layers} layers, {self.claim.text}: "
-            f"{self.claim.measured} {seeds}, wanted {sign} {self.claim.threshold:g}"
-        )
+        return min(self.values) if self.of.side == "above" else max(self.values)
 
 
 _SETTLED = "least cosine of a layer to its state beyond, seed by seed"
@@ -86,76 +82,59 @@ _ONE_POINT = "least cosine of layer 0 to any layer's state beyond, seed by seed"
 _APART = "angle of layer 0 to the farthest layer over the angle that layers still move, seed by seed"
 
 
-def _settled(result: Measured) -> float:
-    return result.settled
+def _settled(name: str, text: str, injection: bool, norm: str, side: Side) -> Claim:
+    return Claim(name, text, injection, norm, attrgetter("settled"), _SETTLED, side, 1 - TAU)
 
 
-def _one_point(result: Measured) -> float:
-    return result.one_point
-
-
-def _apart(result: Measured) -> float:
-    return result.apart
-
-
-def _settles(name: str, text: str, injection: bool, norm: str, side: Side) -> Claim:
-    return Claim(name, text, injection, norm, _settled, _SETTLED, side, 1 - TAU)
+def _apart(name: str, text: str, injection: bool, norm: str, side: Side) -> Claim:
+    return Claim(name, text, injection, norm, attrgetter("apart"), _APART, side, APART)
 
 
 CLAIMS: tuple[Claim, ...] = (
-    _settles("injection, pre", "injection gives pre-norm a stable fixed point", True, "pre", "above"),
-    _settles(
+    _settled("injection, pre", "injection gives pre-norm a stable fixed point", True, "pre", "above"),
+    _settled(
         "injection, Huginn", "injection gives Huginn's norm a stable fixed point", True, "huginn", "above"
     ),
-    _settles("injection, Ouro", "injection gives Ouro's norms no stable fixed point", True, "ouro", "below"),
-    _settles("none, pre", "without injection, pre-norm is stable", False, "pre", "above"),
-    _settles("none, Huginn", "without injection, Huginn's norm is not stable", False, "huginn", "below"),
-    _settles("none, Ouro", "without injection, Ouro's norms are not stable", False, "ouro", "below"),
+    _settled("injection, Ouro", "injection gives Ouro's norms no stable fixed point", True, "ouro", "below"),
+    _settled("none, pre", "without injection, pre-norm is stable", False, "pre", "above"),
+    _settled("none, Huginn", "without injection, Huginn's norm is not stable", False, "huginn", "below"),
+    _settled("none, Ouro", "without injection, Ouro's norms are not stable", False, "ouro", "below"),
     Claim(
         "none, pre: M9",
         "without injection, all layers of pre-norm end at one point (M9)",
         False,
         "pre",
-        _one_point,
+        attrgetter("one_point"),
         _ONE_POINT,
         "above",
         1 - TAU,
     ),
-    Claim(
+    _apart(
         "none, pre: one point",
         "without injection, the layers of pre-norm are no farther apart than they still move",
         False,
         "pre",
-        _apart,
-        _APART,
         "below",
-        APART,
     ),
-    Claim(
+    _apart(
         "injection, pre: apart",
         "with injection, the layers of pre-norm have fixed points of their own",
         True,
         "pre",
-        _apart,
-        _APART,
         "above",
-        APART,
     ),
-    Claim(
+    _apart(
         "injection, Huginn: apart",
         "with injection, the layers of Huginn's norm have fixed points of their own",
         True,
         "huginn",
-        _apart,
-        _APART,
         "above",
-        APART,
     ),
 )
 """The paper's verdicts on random initialisation: on stability, on degeneracy, and what the last one implies."""
 
 
-def judge(claim: Claim, layers: int, values: Sequence[float]) -> Verdict:
+def judge(claim: Claim, layers: int, values: Sequence[float]) -> SeedsVerdict:
     """Compare a number of each seed with the claim's threshold.
 
     Raises:
@@ -163,16 +142,16 @@ def judge(claim: Claim, layers: int, values: Sequence[float]) -> Verdict:
     """
     if not values:
         raise ValueError(f"no model of {layers} layers was measured to judge {claim.text!r} by")
-    above = [value >= claim.threshold for value in values]  # NaN is on neither side
-    below = [value < claim.threshold for value in values]
-    return Verdict(claim, layers, tuple(values), all(above if claim.side == "above" else below))
+    sign = ">=" if claim.side == "above" else "<"
+    seeds = ", ".join(f"{value:.3g}" for value in values)
+    numbers = f"{claim.measured} {seeds}, wanted {sign} {claim.threshold:g}"
+    verdict = decide_strictly([claim.met(value) for value in values])
+    return SeedsVerdict(claim.text, f"{layers} layers", verdict, numbers, claim, layers, tuple(values))
 
 
-def verdicts(results: Iterable[Measured], claims: Sequence[Claim] = CLAIMS) -> list[Verdict]:
+def verdicts(results: Iterable[RandomResult], claims: Sequence[Claim] = CLAIMS) -> list[SeedsVerdict]:
     """Every claim at every depth that was measured, by claim."""
-    models: dict[Kind, list[Measured]] = {}
-    for result in results:
-        models.setdefault(kind_of(result), []).append(result)
+    models = by_kind(results)
     depths = sorted({layers for layers, _, _ in models})
     return [
         judge(claim, layers, [claim.measure(each) for each in models[key]])
@@ -182,29 +161,29 @@ def verdicts(results: Iterable[Measured], claims: Sequence[Claim] = CLAIMS) -> l
     ]
 
 
-def verdict_table(found: Iterable[Verdict]) -> pd.DataFrame:
+def seeds_table(found: Iterable[SeedsVerdict]) -> pd.DataFrame:
     """One row per verdict."""
     return pd.DataFrame(
         {
-            "claim": verdict.claim.text,
+            "claim": verdict.claim,
             "layers": verdict.layers,
-            "verdict": "holds" if verdict.holds else "does not hold",
-            "measured": verdict.claim.measured,
+            "verdict": verdict.verdict,
+            "measured": verdict.of.measured,
             "seeds": " ".join(f"{value:.4f}" for value in verdict.values),
             "worst": verdict.worst,
-            "wanted": ">=" if verdict.claim.side == "above" else "<",
-            "threshold": verdict.claim.threshold,
+            "wanted": ">=" if verdict.of.side == "above" else "<",
+            "threshold": verdict.of.threshold,
         }
         for verdict in found
     )
 
 
-def tally(variants: Mapping[str, Sequence[Measured]]) -> pd.DataFrame:
+def tally(variants: Mapping[str, Sequence[RandomResult]]) -> pd.DataFrame:
     """One row per variant: each claim's number (the worst seed's), with a mark where it does not hold."""
     rows: list[dict[str, str]] = []
     for name, results in variants.items():
         found = verdicts(results)
         row = {"variant": name, "hold": f"{sum(v.holds for v in found)} of {len(found)}"}
-        row |= {v.claim.name: f"{v.worst:.3g}{'' if v.holds else ' ✗'}" for v in found}
+        row |= {v.of.name: f"{v.worst:.3g}{'' if v.holds else ' ✗'}" for v in found}
         rows.append(row)
     return pd.DataFrame(rows)

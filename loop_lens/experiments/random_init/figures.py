@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from loop_lens.experiments.random_init import Kind, Measured
-from loop_lens.experiments.random_models import NORMS
+from loop_lens.experiments.norms import NORMS
+from loop_lens.experiments.random_init.measures import Kind, RandomResult
 from loop_lens.figures.canvas import new_figure, shades
 
 _TITLES = {"pre": "pre-norm", "huginn": "Huginn's norm", "ouro": "Ouro's norms"}
 
 
 def layer_grid(
-    models: Mapping[Kind, Measured],
+    models: Mapping[Kind, RandomResult],
     curve: str,
     *,
     layers: int,
@@ -27,9 +27,9 @@ def layer_grid(
 
     Args:
         models: Measured models by kind.
-        curve: One of `Measured.curves`; the colour goes from the first layer to the last.
+        curve: One of `RandomResult.curves`; the colour goes from the first layer to the last.
         layers: Which depth to draw.
-        overlay: One of `Measured.degeneracy`, dashed.
+        overlay: One of `RandomResult.degeneracy`, dashed.
         log: Whether the vertical axis is logarithmic.
         ylabel: Its name.
     """
@@ -60,7 +60,7 @@ def layer_grid(
     return figure
 
 
-def figure_6(models: Mapping[Kind, Measured], *, layers: int) -> Any:
+def figure_6(models: Mapping[Kind, RandomResult], *, layers: int) -> Any:
     """Left: cosine to the last state, the layers' mean and range; right: degeneracy. One line per model."""
     figure, (left, right) = new_figure(8.6, 3.8, 1, 2, sharex=True, sharey=True)
     for k, norm in enumerate(NORMS):
@@ -82,7 +82,7 @@ def figure_6(models: Mapping[Kind, Measured], *, layers: int) -> Any:
     return figure
 
 
-def figure_31(models: Mapping[Kind, Measured]) -> Any:
+def figure_31(models: Mapping[Kind, RandomResult]) -> Any:
     """Cosine to the last state at every depth (columns) for the six models (rows), a line per layer."""
     depths = sorted({layers for layers, _, _ in models})
     kinds = [(injection, norm) for injection in (True, False) for norm in NORMS]

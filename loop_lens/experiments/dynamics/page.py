@@ -5,15 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from loop_lens.experiments.dynamics_run import Dynamics, summary
-from loop_lens.experiments.page import (
-    how_it_was_made,
-    markdown_table,
-    notes_of,
-    save_csv,
-    save_figure,
-    save_tables,
-)
+from loop_lens.experiments import report
+from loop_lens.experiments.dynamics.measures import Dynamics, summary
 
 _FIGURES = {
     "relative_step": "Step of each iteration relative to the norm, a line per layer, a spread over prompts around it.",
@@ -43,33 +36,29 @@ def write_dynamics(found: Dynamics, *, out: Path, name: str, about: str, command
     Returns:
         The page.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    save_tables(found.parts, out)
-    table = summary(found)
-    save_csv(table, out / "layers.csv")
-    told = found.extrapolation.to_dataframe()
-    said: Any = told[[c for c in told.columns if not c.endswith(("_std", "_prompts")) and "step" not in c]]
-    save_csv(said, out / "extrapolation.csv")
-    spectrum = found.spectrum.to_dataframe().drop(columns="position", errors="ignore")
+    report.save_tables(found.parts, out)
+    layers, spectrum = summary(found), found.spectrum.to_dataframe().drop(columns="position", errors="ignore")
+    table = found.extrapolation.to_dataframe()
+    answers: Any = table[
+        [c for c in table.columns if not c.endswith(("_std", "_prompts")) and "step" not in c]
+    ]
+    report.save_csv(layers, out / "layers.csv")
+    report.save_csv(answers, out / "extrapolation.csv")
     for label, figure in _figures(found).items():
-        save_figure(figure, out / f"{label}.png", few_colours=label != "settling")
+        report.save_figure(figure, out / f"{label}.png", few_colours=label != "settling")
     parts = [
-        f"# Dynamics of {name}",
-        how_it_was_made(command),
         about,
         "## By layer\n\nAt the last iteration; shares are of tokens (Algorithm 1, cosine to the last state).",
-        markdown_table(table),
+        report.markdown_table(layers),
         "## Jacobian of an iteration\n\nSpectral radius and leading singular value, first prompt, 16 tokens.",
-        markdown_table(spectrum),
+        report.markdown_table(spectrum),
         "## Against the number of iterations",
-        markdown_table(said),
-        *notes_of(out),
+        report.markdown_table(answers),
+        report.notes_of(out),
         "## Figures",
-        *(f"![{label}]({out.name}/{label}.png)\n\n*{text}*" for label, text in _FIGURES.items()),
+        *(report.picture(out, label, caption=text) for label, text in _FIGURES.items()),
     ]
-    page = out.with_suffix(".md")
-    page.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
-    return page
+    return report.write_page(out, f"Dynamics of {name}", command, parts)
 
 
 def _figures(found: Dynamics) -> dict[str, Any]:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 from torch import Tensor
 
-from loop_lens.experiments.random_init import Measured
-from loop_lens.experiments.random_models import RandomModel
-from loop_lens.experiments.verdicts import CLAIMS, Claim, judge, tally, verdict_table, verdicts
+from loop_lens.experiments.random_init.measures import RandomResult
+from loop_lens.experiments.random_init.models import RandomModel
+from loop_lens.experiments.random_init.verdicts import CLAIMS, Claim, judge, seeds_table, tally, verdicts
 
 
-def made(norm: str, injection: bool, cosine: Tensor, one_point: Tensor, seed: int = 0) -> Measured:
+def made(norm: str, injection: bool, cosine: Tensor, one_point: Tensor, seed: int = 0) -> RandomResult:
     """A model whose curves [iteration] are the same at both of its layers."""
     curve = cosine[:, None].expand(-1, 2)
     curves = {name: curve for name in ("cosine", "norm", "relative_distance", "relative_step", "step_cosine")}
-    return Measured(
-        RandomModel(norm, injection, 2, seed).asdict(),
+    return RandomResult(
+        asdict(RandomModel(norm, injection, 2, seed)),
         {**curves, "matrix_distance": curve},
         {"cosine": one_point},
         torch.tensor([[10, 0, 0, 0]] * 2),
@@ -62,7 +63,7 @@ def test_each_claim_fails_on_the_opposite_curve(claim: Claim) -> None:
         "above 2": (cosine, cosine),
     }["M9" if "M9" in claim.name else f"{claim.side} {claim.threshold:g}"]
     found = verdicts([made(*kind, *pair) for kind, pair in curves.items()])
-    holds = {verdict.claim.name: verdict.holds for verdict in found}
+    holds = {verdict.of.name: verdict.holds for verdict in found}
     assert not holds[claim.name]
     others = [c.name for c in CLAIMS if (c.norm, c.injection) != kind]
     assert all(holds[name] for name in others)
@@ -81,7 +82,7 @@ def test_one_seed_on_the_wrong_side_is_enough() -> None:
     (verdict,) = [
         v
         for v in verdicts([made("pre", True, good, good), made("pre", True, bad, good, seed=1)])
-        if v.claim.name == "injection, pre"
+        if v.of.name == "injection, pre"
     ]
     assert not verdict.holds
     assert verdict.worst == pytest.approx(0.9, abs=1e-3)
@@ -90,7 +91,7 @@ def test_one_seed_on_the_wrong_side_is_enough() -> None:
 
 def test_only_the_last_quarter_counts() -> None:
     late = torch.cat([torch.zeros(30), torch.ones(10)])
-    (verdict,) = [v for v in verdicts([made("pre", True, late, late)]) if v.claim.name == "injection, pre"]
+    (verdict,) = [v for v in verdicts([made("pre", True, late, late)]) if v.of.name == "injection, pre"]
     assert verdict.holds and verdict.values == (1.0,)
 
 
@@ -107,7 +108,7 @@ def test_nothing_measured_is_no_verdict() -> None:
 
 def test_tables_say_which_claims_fail() -> None:
     models = [made(*kind, *curves) for kind, curves in paper().items()]
-    table = verdict_table(verdicts(models))
+    table = seeds_table(verdicts(models))
     assert table["verdict"].tolist() == ["holds"] * len(CLAIMS)
     models[0] = made("pre", True, settling(0.5), settling(0.6))
     row = tally({"changed": models}).iloc[0]

@@ -1,0 +1,1 @@
+"""The dynamics of any looped model on any prompts."""

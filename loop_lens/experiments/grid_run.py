@@ -1,0 +1,91 @@
+"""A grid of models, each measured once and kept in a file of its own, so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from tqdm.auto import tqdm
+
+from loop_lens.experiments.report import ignored_folder
+from loop_lens.measuring.results import Result
+
+
+class Cell(Protocol):
+    """One model of a grid."""
+
+    @property
+    def name(self) -> str:
+        """Its name, unlike all others'."""
+        ...
+
+
+C = TypeVar("C", bound=Cell)
+R = TypeVar("R", bound=Result)
+
+
+@dataclass(frozen=True)
+class Kept(Generic[R]):
+    """The files of a grid's results.
+
+    Attributes:
+        folder: Where they lie.
+        kind: Which results they hold.
+        how: The dataclass of settings that cells are measured by; other settings have other files.
+    """
+
+    folder: Path
+    kind: type[R]
+    how: Any
+
+    def file(self, cell: Cell) -> Path:
+        """Where a cell's result lies, or would."""
+        settings = json.dumps(asdict(self.how), sort_keys=True).encode()
+        return self.folder / f"{cell.name}-{blake2b(settings, digest_size=4).hexdigest()}.safetensors"
+
+    def load(self, cell: Cell) -> R | None:
+        """A cell's result, None where there is none."""
+        file = self.file(cell)
+        return self.kind.load(file) if file.exists() else None
+
+    def save(self, cell: Cell, result: R) -> None:
+        """Write a cell's result; it has its own name only when it is whole."""
+        file = self.file(cell)
+        ignored_folder(self.folder)
+        part = file.with_name(f"{file.name}.part")
+        result.save(part)
+        part.replace(file)
+
+
+def run_grid(
+    cells: Iterable[C],
+    measure: Callable[[C], R],
+    kept: Kept[R] | None = None,
+    *,
+    resume: bool = True,
+    progress: bool = True,
+    what: str = "cells",
+) -> dict[C, R]:
+    """Measure cells in order, or read what an earlier run measured of them.
+
+    Args:
+        cells: The cells.
+        measure: Measures one.
+        kept: Where results are kept; nowhere by default.
+        resume: Whether to read those that are there.
+        progress: Whether to show a progress bar, for work beyond two seconds.
+        what: Its caption.
+    """
+    results: dict[C, R] = {}
+    for cell in tqdm(list(cells), desc=what, delay=2, disable=not progress, leave=False):
+        result = kept.load(cell) if kept is not None and resume else None
+        if result is None:
+            result = measure(cell)
+            if kept is not None:
+                kept.save(cell, result)
+        results[cell] = result
+    return results

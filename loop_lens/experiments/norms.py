@@ -1,0 +1,21 @@
+"""The three norm placements that the experiments compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+NORMS: dict[str, dict[str, Any]] = {
+    "pre": {"block_norm": "pre"},
+    "huginn": {"block_norm": "post_residual"},
+    "ouro": {"block_norm": "sandwich", "loop_norm": True},
+}
+"""Fields of a `LoopedConfig` by name: pre-norm; on the stream, after each branch; around each branch, and after
+each iteration."""
+
+
+def require_one_of(what: str, value: str, allowed: Iterable[str]) -> None:
+    """Raise unless a value is one of those that exist."""
+    names = tuple(allowed)
+    if value not in names:
+        raise ValueError(f"{what}={value!r} is unknown: choose one of {', '.join(names)}")

@@ -1,0 +1,1 @@
+"""The paper's random part: norms, with and without injection, in looped models with random weights."""

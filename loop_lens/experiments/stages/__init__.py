@@ -1,0 +1,1 @@
+"""The stages of inference of any looped model, beside a feed-forward one."""
