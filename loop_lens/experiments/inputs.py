@@ -121,7 +121,7 @@ def prompts_from(
     rows = _rows(source, column)
     long: list[Tensor] = []
     short: list[Tensor] = []
-    for tokens in read_prompts(model, rows):
+    for tokens in read_prompts(model, rows, any_length=True):
         (long if len(tokens) >= length else short).append(tokens[:length])
         if len(long) == count:
             break

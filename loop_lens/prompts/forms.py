@@ -93,7 +93,7 @@ def count_prompts(prompts: Any) -> int | None:
     columns = _columns(prompts)
     if columns is not None:
         column = next((columns[c] for c in _COLUMNS if columns.get(c) is not None), None)
-        return count_prompts(column)
+        return count_prompts(column if isinstance(prompts, Mapping) or column is None else list(column))
     if isinstance(prompts, list | tuple):
         several = (Mapping, Tensor, np.ndarray)
         counts = [count_prompts(p) if isinstance(p, several) else 1 for p in prompts]
@@ -133,13 +133,17 @@ def _rows(columns: Mapping[str, Any], name: str, i: int | None = None) -> Iterat
     for form in forms_of(content, name):
         if not isinstance(form.content, _COLUMNS[column]):
             raise TypeError(f"{wrong} {_described(form.content)}")
-        yield form if given is None else replace(form, mask=_mask(next(masks, None), form.content, name))
-    if given is not None and next(masks, None) is not None:
+        if given is not None:
+            form = replace(form, mask=_mask(next(masks, _NOTHING), form.content, name))
+        yield form
+    if given is not None and next(masks, _NOTHING) is not _NOTHING:
         raise ValueError(f"the attention_mask of {name} has more rows than its input_ids")
 
 
 def _mask(given: Any, ids: Any, name: str) -> Tensor:
     """A row of an attention mask, as booleans."""
+    if given is _NOTHING:
+        raise ValueError(f"the attention_mask of {name} has fewer rows than its input_ids")
     try:
         mask = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -52,7 +52,7 @@ def device_of(model: TransformerBridge) -> torch.device:
 
 
 def read_prompts(
-    model: TransformerBridge, prompts: Any, *, name: str = "prompts"
+    model: TransformerBridge, prompts: Any, *, name: str = "prompts", any_length: bool = False
 ) -> Iterator[Int[Tensor, " pos"]]:
     """Prompts one by one, as tokens on the CPU without padding.
 
@@ -79,6 +79,7 @@ def read_prompts(
         model: For its tokenizer, vocabulary and context.
         prompts: What to read. Iterables are read no further than asked for.
         name: The argument's name, for messages.
+        any_length: Whether prompts may be longer than the model's context, because the caller cuts them.
 
     Raises:
         TypeError: If there is anything else in them; says what.
@@ -94,7 +95,7 @@ def read_prompts(
         >>> [tokens.tolist() for tokens in read_prompts(model, padded)]
         [[0, 2]]
     """
-    tokens = _tokens_of_each(model, prompts, name)
+    tokens = _tokens_of_each(model, prompts, name, None if any_length else context_of(model))
     first = next(tokens, None)  # so that what cannot be read is refused here, not where it is iterated over
     if first is None:
         raise ValueError(f"{name} is empty: there are no prompts")
@@ -158,13 +159,15 @@ def read_together(model: TransformerBridge, prompts: Any, name: str) -> Int[Tens
     return torch.stack(each).to(device_of(model))
 
 
-def _tokens_of_each(model: TransformerBridge, prompts: Any, name: str) -> Iterator[Tensor]:
+def _tokens_of_each(
+    model: TransformerBridge, prompts: Any, name: str, context: int | None
+) -> Iterator[Tensor]:
     for i, form in enumerate(forms_of(prompts, name)):
         which = f"prompt {i}" if name == "prompts" else f"prompt {i} of {name}"
         tokens = _tokens(model, form, which)
         if not len(tokens):
             raise ValueError(f"{which} has no tokens")
-        vocab, context = model.cfg.d_vocab, context_of(model)
+        vocab = model.cfg.d_vocab
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or 0 < vocab <= high:
             raise ValueError(
