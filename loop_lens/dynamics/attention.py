@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pandas as pd
@@ -11,30 +12,22 @@ import torch
 from torch import Tensor
 
 from loop_lens.bridge.model import HookedLoopedTransformer
-from loop_lens.dynamics.distances import (
-    DISTANCES,
-    frobenius_rows,
-    jensen_shannon,
-    require_distances,
-    require_two_tokens,
-    total_variation,
-)
-from loop_lens.dynamics.states import LoopProbe, layer_of
+from loop_lens.dynamics.distances import DISTANCES, PER_QUERY, require_distances, require_two_tokens
+from loop_lens.dynamics.states import LoopMeasured, LoopProbe, layer_of
 from loop_lens.figures.canvas import new_figure
 from loop_lens.figures.heatmap import draw_heatmap
-from loop_lens.measuring.moments import Collector, Measured, Moments
+from loop_lens.measuring.moments import Collector, Moments
 from loop_lens.measuring.processes import shared
-from loop_lens.measuring.results import require_alike
+from loop_lens.measuring.results import merged
 from loop_lens.measuring.run import measure
 from loop_lens.prompts.reader import Batch
 from loop_lens.unrolling.sites import Site
-from loop_lens.unrolling.tree import Iteration
 
 Of = Literal["step", "distance"]
 
 
 @dataclass(frozen=True)
-class AttentionSettling(Measured):
+class AttentionSettling(LoopMeasured):
     """How each head's pattern moves per iteration.
 
     Attributes:
@@ -43,9 +36,17 @@ class AttentionSettling(Measured):
         tolerance: The step at which a prompt counts as settled.
         metric: The distance that the tolerance is of.
         eps: Spacing of the model's dtype at 1.
+        moments: Of each metric, over queries and prompts (Frobenius: over prompts) [iteration layer head].
         prompts: Number of prompts.
         settled_prompts: How many of them have settled by each iteration [iteration layer head].
-        moments: Of each metric, over queries and prompts (Frobenius: over prompts) [iteration layer head].
+
+    Example:
+        >>> settling = loop_lens.dynamics.attention_settling(model, prompts, reference=16)
+        >>> settling.settled()  # of each layer and head: the iteration, NaN for never
+        tensor([[6., 5., 4., nan],
+                [nan, nan, 6., nan]], dtype=torch.float64)
+        >>> settling.settled(0.1, of="distance").isnan().any().item()
+        False
     """
 
     segment: str
@@ -53,14 +54,9 @@ class AttentionSettling(Measured):
     tolerance: float
     metric: str
     eps: float
-    prompts: int
-    settled_prompts: Tensor
     moments: Moments
-
-    @property
-    def iterations(self) -> tuple[Iteration, ...]:
-        """The loop's iterations, in order."""
-        return self.moments.axes["iteration"]
+    prompts: int = merged("add")
+    settled_prompts: Tensor = merged("add")
 
     @property
     def share_settled(self) -> Tensor:
@@ -77,7 +73,7 @@ class AttentionSettling(Measured):
         require_distances((metric,))
         if metric == "frobenius":
             return self.eps * norm
-        return torch.full_like(norm, self.eps / (2 if metric == "tv" else 8**0.5))
+        return torch.full_like(norm, self.eps / (2 if metric == "total_variation" else 8**0.5))
 
     def settled(
         self, tolerance: float | None = None, *, metric: str | None = None, of: Of = "step"
@@ -124,12 +120,12 @@ class AttentionSettling(Measured):
         metric = metric or self.metric
         where = self.settled(tolerance, metric=metric, of=of)
         last, floor = self.mean(f"{metric}_step")[-1], self.floor(metric)[-1]
-        n_layers, n_heads = where.shape
         settled = [None if at != at else self.iterations[int(at)] for at in where.flatten().tolist()]
+        layers, heads = zip(*self._heads, strict=True)
         return pd.DataFrame(
             {
-                "layer": [layer for layer in range(n_layers) for _ in range(n_heads)],
-                "head": list(range(n_heads)) * n_layers,
+                "layer": layers,
+                "head": heads,
                 "settled": pd.Series(settled, dtype=object),
                 "last_step": last.flatten().tolist(),
                 "floor": floor.flatten().tolist(),
@@ -137,19 +133,10 @@ class AttentionSettling(Measured):
             }
         )
 
-    def merge(self, other: AttentionSettling) -> AttentionSettling:
-        """The result on both results' prompts.
-
-        Raises:
-            ValueError: If they are of different loops, references, tolerances or metrics.
-        """
-        require_alike(self, other, "segment", "reference", "tolerance", "metric", "eps")
-        return replace(
-            self,
-            prompts=self.prompts + other.prompts,
-            settled_prompts=self.settled_prompts + other.settled_prompts,
-            moments=self.moments.merge(other.moments),
-        )
+    @property
+    def _heads(self) -> list[tuple[Any, Any]]:
+        """Layer and head of each head."""
+        return list(itertools.product(self.layers, self.moments.axes["head"]))
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per iteration, layer and head, with the mean and the spreads of each metric."""
@@ -173,7 +160,7 @@ class AttentionSettling(Measured):
         image = draw_heatmap(
             axes,
             grid,
-            rows=[f"{layer}.{head}" for layer in range(values.shape[1]) for head in range(values.shape[2])],
+            rows=[f"{layer}.{head}" for layer, head in self._heads],
             columns=self.iterations,
             row_name="layer.head",
             column_name="iteration",
@@ -216,6 +203,14 @@ class AttentionSettlingProbe(LoopProbe):
 
     Raises:
         ValueError: If the loop runs once only, or a metric is unknown.
+
+    Example:
+        >>> from loop_lens.dynamics import AttentionSettlingProbe
+        >>> from loop_lens.measuring import measure
+        >>> probe = AttentionSettlingProbe(model, metrics=("total_variation",))
+        >>> measure(model, prompts, [probe])
+        >>> probe.result().metrics
+        ('norm', 'total_variation_step')
     """
 
     hooks = ("pattern",)
@@ -226,7 +221,7 @@ class AttentionSettlingProbe(LoopProbe):
         *,
         reference: int | None = None,
         tolerance: float = 0.01,
-        metric: str = "tv",
+        metric: str = "total_variation",
         metrics: Sequence[str] = DISTANCES,
         segment: str | None = None,
     ) -> None:
@@ -270,19 +265,15 @@ class AttentionSettlingProbe(LoopProbe):
 
     def _compare(self, of: str, cell: tuple[int, int], value: Tensor, other: Tensor) -> None:
         for metric in self.metrics:
-            if metric == "frobenius":
-                rows = frobenius_rows(value, other)
-            else:
-                rows = (total_variation if metric == "tv" else jensen_shannon)(value, other)
+            rows = PER_QUERY[metric](value, other)
             each = self._put(f"{metric}_{of}", cell, rows, whole=metric == "frobenius")
             if of == "step" and metric == self.metric:
-                place = self._moved[cell[1]]
-                place[each.T.gt(self.tolerance)] = cell[0]
+                self._moved[cell[1]][self.tolerance < each.T] = cell[0]
 
     def _put(self, name: str, cell: tuple[int, int], rows: Tensor, *, whole: bool) -> Tensor:
         """Collect values of each query [prompt head query]; returns each prompt's own [prompt head]."""
-        place = self.names.index(name)
-        here = slice(place, place + 1)
+        metric = self.names.index(name)
+        here = slice(metric, metric + 1)
         real = rows.masked_fill(~self._mask[:, None], 0.0)
         if whole:
             each = real.norm(dim=-1)
@@ -298,8 +289,9 @@ class AttentionSettlingProbe(LoopProbe):
         self._collector.end()
         last = len(self.iterations) - 1
         moved = self._moved.cpu()
+        settled = moved.masked_fill(moved == last, torch.inf)  # after the last iteration nobody can tell
         for i in range(last + 1):
-            self._settled[i] += ((moved <= i) & (moved < last)).sum(-1)
+            self._settled[i] += (settled <= i).sum(-1)
         self._prompts += moved.shape[-1]
 
     def result(self) -> AttentionSettling:
@@ -322,7 +314,7 @@ def attention_settling(
     *,
     reference: int | None = None,
     tolerance: float = 0.01,
-    metric: str = "tv",
+    metric: str = "total_variation",
     metrics: Sequence[str] = DISTANCES,
     segment: str | None = None,
     batch_size: int = 8,
@@ -330,10 +322,10 @@ def attention_settling(
 ) -> AttentionSettling:
     """Measure, while the model runs, how each head's pattern moves from iteration to iteration.
 
-    Per head, layer and iteration: the pattern's Frobenius ``norm``; ``frobenius_step``, ``tv_step`` and
-    ``js_step`` to the iteration before, and ``..._distance`` to the reference. Total variation and
-    Jensen-Shannon distance are of each query's attention, Frobenius norms of the whole pattern. Two patterns
-    a layer are kept, whatever the number of iterations.
+    Per head, layer and iteration: the pattern's Frobenius ``norm``; ``frobenius_step``,
+    ``total_variation_step`` and ``jensen_shannon_step`` to the iteration before, and ``..._distance`` to the
+    reference. Total variation and Jensen-Shannon distance are of each query's attention, Frobenius norms of
+    the whole pattern. Two patterns a layer are kept, whatever the number of iterations.
 
     Args:
         model: The model, at the number of iterations to measure.
@@ -352,6 +344,12 @@ def attention_settling(
         ValueError: If there are no prompts, a prompt has one token, there are fewer than two iterations, the
             reference is less than what is measured, or the model has no attention patterns.
         DivergedError: If patterns become NaN; names the first iteration.
+
+    Example:
+        >>> settling = loop_lens.dynamics.attention_settling(model, prompts, tolerance=0.02)
+        >>> heads = settling.heads()
+        >>> heads[heads["layer"] == 0]["settled"].tolist()  # iterations, None for never
+        [5, 4, 3, 5]
 
     Source:
         The steps and distances in Frobenius norm are M3 and M6 of arXiv 2604.11791, here by head.

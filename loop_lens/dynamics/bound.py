@@ -25,8 +25,8 @@ where queries and keys live in different halves of the turned planes, W_Q W_K^T 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -35,15 +35,15 @@ from torch import Tensor
 
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics.distances import frobenius_rows, require_two_tokens, total_variation
-from loop_lens.dynamics.states import LoopProbe, layer_of
+from loop_lens.dynamics.scores import head_norms
+from loop_lens.dynamics.states import LoopMeasured, LoopProbe, layer_of
 from loop_lens.figures.lines import line_figure
-from loop_lens.measuring.moments import Collector, Measured, Moments
+from loop_lens.measuring.moments import Collector, Moments
 from loop_lens.measuring.processes import shared
-from loop_lens.measuring.results import require_alike
+from loop_lens.measuring.results import merged
 from loop_lens.measuring.run import measure
 from loop_lens.prompts.reader import Batch
 from loop_lens.unrolling.sites import Site
-from loop_lens.unrolling.tree import Iteration
 
 LIPSCHITZ = 0.5
 RATIOS = ("ratio", "stated_ratio", "row_ratio")
@@ -52,7 +52,7 @@ _UNTURNED = ("standard", "alibi", "none")  # positions that do not turn queries 
 
 
 @dataclass(frozen=True)
-class AttentionBound(Measured):
+class AttentionBound(LoopMeasured):
     """Attention's step and its bounds, per head.
 
     Attributes:
@@ -60,37 +60,33 @@ class AttentionBound(Measured):
         rotary: Whether queries and keys are turned by rotary embeddings.
         kappa: |W_Q W_K^T| of each head, spectral [layer head].
         kappa_product: |W_Q| |W_K| of each head [layer head].
-        worst: The largest of each ratio over prompts [iteration layer head], by its name.
         moments: Of each metric, over prompts [iteration layer head].
+        worst: The largest of each ratio over prompts [iteration layer head], by its name.
+
+    Example:
+        >>> bound = loop_lens.dynamics.attention_bound(model, prompts)
+        >>> bound.holds(), bound.rotary
+        (True, True)
+        >>> round(bound.worst["ratio"][1:].max().item(), 3)  # no step is over 2% of what it may be
+        0.018
     """
 
     segment: str
     rotary: bool
     kappa: Tensor
     kappa_product: Tensor
-    worst: dict[str, Tensor]
     moments: Moments
-
-    @property
-    def iterations(self) -> tuple[Iteration, ...]:
-        """The loop's iterations, in order."""
-        return self.moments.axes["iteration"]
+    worst: dict[str, Tensor] = merged("max")
 
     def holds(self, ratio: str = "ratio") -> bool:
         """Whether a bound held on every prompt, head, layer and iteration."""
+        return bool((self._worst(ratio) <= 1).all())
+
+    def _worst(self, ratio: str) -> Tensor:
+        """The largest of a ratio over prompts, of each step [iteration layer head]."""
         if ratio not in RATIOS:
             raise ValueError(f"ratio {ratio!r} is unknown: there are {', '.join(RATIOS)}")
-        return bool((self.worst[ratio][1:] <= 1).all())
-
-    def merge(self, other: AttentionBound) -> AttentionBound:
-        """The result on both results' prompts.
-
-        Raises:
-            ValueError: If they are of different loops or weights.
-        """
-        require_alike(self, other, "segment", "rotary", "kappa", "kappa_product")
-        worst = {name: torch.fmax(value, other.worst[name]) for name, value in self.worst.items()}
-        return replace(self, worst=worst, moments=self.moments.merge(other.moments))
+        return self.worst[ratio][1:]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per iteration, layer and head: each metric's mean and spreads, the worst ratios, kappas."""
@@ -104,16 +100,22 @@ class AttentionBound(Measured):
 
     def plot(self, ratio: str = "ratio") -> Any:
         """The worst ratio of any head against the iteration, one line per layer; not shown."""
-        if ratio not in RATIOS:
-            raise ValueError(f"ratio {ratio!r} is unknown: there are {', '.join(RATIOS)}")
-        worst = self.worst[ratio].amax(-1)
+        worst = self._worst(ratio).amax(-1)
         return line_figure(
-            {f"layer {layer}": values[1:] for layer, values in enumerate(worst.T)},
+            {f"layer {layer}": values for layer, values in zip(self.layers, worst.T, strict=True)},
             ylabel=f"step / {ratio.replace('ratio', 'bound')}",
-            at=range(1, len(worst)),
+            at=range(1, len(worst) + 1),
             level=(1.0, "the bound"),
             log=True,
         )
+
+
+class _Seen(NamedTuple):
+    """A firing's attention: its pattern, its input, and the input's norms, see `_sizes`."""
+
+    pattern: Tensor
+    x: Tensor
+    sizes: Tensor
 
 
 class AttentionBoundProbe(LoopProbe):
@@ -125,6 +127,14 @@ class AttentionBoundProbe(LoopProbe):
 
     Raises:
         ValueError: If the loop runs once only, or the bound does not apply to this attention.
+
+    Example:
+        >>> from loop_lens.dynamics import AttentionBoundProbe
+        >>> from loop_lens.measuring import measure
+        >>> probe = AttentionBoundProbe(model)
+        >>> measure(model, prompts, [probe])
+        >>> probe.result().kappa.shape  # layer head
+        torch.Size([2, 4])
     """
 
     hooks = ("attn.hook_in", "pattern")
@@ -132,27 +142,22 @@ class AttentionBoundProbe(LoopProbe):
     def __init__(self, model: HookedLoopedTransformer, *, segment: str | None = None) -> None:
         super().__init__(model, segment=segment, least=2, what="the bound")
         first = [f for f in model.schedule if f.segment == self.segment and f.iteration == self.iterations[0]]
-        self._attentions: list[Any] = [getattr(model.blocks[f.index], "attn", None) for f in first]
+        self._norms = [head_norms(getattr(model.blocks[f.index], "attn", None)) for f in first]
         self.rotary = getattr(model.cfg, "positional_embedding_type", None) not in _UNTURNED
-        kappas = [head_norms(attention) for attention in self._attentions]
         # Rotary embeddings made for longer contexts also stretch what they turn.
         stretch = max(
             (float(getattr(m, "attention_scaling", 1.0)) for m in model.original_model.modules()), default=1.0
         )
         factor = stretch**2 if self.rotary else 1.0
-        self.kappa = torch.stack([kappa for kappa, _ in kappas]) * factor
-        self.kappa_product = torch.stack([product for _, product in kappas]) * factor
-        self._constant = [
-            _bias(a, "b_Q") is not None or _bias(a, "b_K") is not None for a in self._attentions
-        ]
-        self._scale = [_scaling(a) for a in self._attentions]
+        self.kappa = torch.stack([norms.kappa for norms in self._norms]) * factor
+        self.kappa_product = torch.stack([norms.product for norms in self._norms]) * factor
         self._heads = self.kappa.shape[1]
         axes = {"iteration": self.iterations, "layer": range(self.n_layers), "head": range(self._heads)}
         self._collector = Collector(_METRICS, axes)
         shape = (len(self.iterations), self.n_layers, self._heads)
         self.worst = {name: torch.full(shape, float("nan"), dtype=torch.float64) for name in RATIOS}
         self._inputs: dict[int, Tensor] = {}
-        self._before: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._before: dict[int, _Seen] = {}
 
     def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
         """Start a batch."""
@@ -168,17 +173,16 @@ class AttentionBoundProbe(LoopProbe):
             self._inputs[layer] = value.float().masked_fill(~self._mask.unsqueeze(-1), 0.0)
             return
         x = self._inputs.pop(layer)
-        sizes = self._sizes(x, self._constant[layer])
+        seen = _Seen(value, x, self._sizes(x, self._norms[layer].biased))
         cell = (self._row[site.iteration], layer)
-        self._collector.put(slice(0, 1), cell, sizes[1].expand(1, self._heads, -1))
-        before = self._before.get(layer)
-        if before is not None:
-            self._compare(cell, value, x, sizes, *before)
-        self._before[layer] = (value, x, sizes)
+        self._collector.put(slice(0, 1), cell, seen.sizes[1].expand(1, self._heads, -1))
+        if layer in self._before:
+            self._compare(cell, seen, self._before[layer])
+        self._before[layer] = seen
 
-    def _sizes(self, x: Tensor, constant: bool) -> Float[Tensor, "3 prompt"]:
+    def _sizes(self, x: Tensor, biased: bool) -> Float[Tensor, "3 prompt"]:
         """Spectral norm, Frobenius norm and longest token of each prompt's input."""
-        if constant:
+        if biased:
             x = torch.cat([x, self._mask.unsqueeze(-1).float()], dim=-1)
         wide = x.double()
         gram = wide @ wide.mT if wide.shape[1] < wide.shape[2] else wide.mT @ wide
@@ -187,32 +191,26 @@ class AttentionBoundProbe(LoopProbe):
         rows = wide.norm(dim=-1)
         return torch.stack([spectral, rows.norm(dim=-1), rows.amax(-1)])
 
-    def _compare(
-        self,
-        cell: tuple[int, int],
-        pattern: Tensor,
-        x: Tensor,
-        sizes: Tensor,
-        old_pattern: Tensor,
-        old_x: Tensor,
-        old_sizes: Tensor,
-    ) -> None:
-        layer, device = cell[1], x.device
-        gaps = (x - old_x).double().norm(dim=-1)
-        spectral, frobenius, longest = torch.maximum(sizes, old_sizes)
+    def _compare(self, cell: tuple[int, int], now: _Seen, before: _Seen) -> None:
+        layer, device = cell[1], now.x.device
+        gaps = (now.x - before.x).double().norm(dim=-1)
+        spectral, frobenius, longest = torch.maximum(now.sizes, before.sizes)
         kappa, product = self.kappa[layer].to(device), self.kappa_product[layer].to(device)
         proven_kappa, proven_size = (product, frobenius) if self.rotary else (kappa, spectral)
-        shared_factor = LIPSCHITZ * 2 * self._scale[layer]
+        shared_factor = LIPSCHITZ * 2 * self._norms[layer].scale
         gap = shared_factor * gaps.norm(dim=-1)
         bound = proven_kappa[:, None] * proven_size * gap
         stated = kappa[:, None] * spectral * gap
         by_row = proven_kappa[:, None] * longest * shared_factor * gaps.amax(-1)
         padding = ~self._mask[:, None]
-        measured = frobenius_rows(pattern, old_pattern).masked_fill(padding, 0.0).norm(dim=-1).T.double()
-        rows = total_variation(pattern, old_pattern).masked_fill(padding, 0.0).amax(-1).T.double()
+        moved = frobenius_rows(now.pattern, before.pattern).masked_fill(padding, 0.0)
+        measured = moved.norm(dim=-1).T.double()
+        shifted = total_variation(now.pattern, before.pattern).masked_fill(padding, 0.0)
+        rows = shifted.amax(-1).T.double()
         # Rounding moves attention even where nothing else does, and no bound on exact numbers allows for it.
-        eps = torch.finfo(pattern.dtype).eps
-        floor = eps * pattern.float().masked_fill(padding.unsqueeze(-1), 0.0).norm(dim=(-2, -1)).T.double()
+        eps = torch.finfo(now.pattern.dtype).eps
+        size = now.pattern.float().masked_fill(padding.unsqueeze(-1), 0.0).norm(dim=(-2, -1))
+        floor = eps * size.T.double()
         ratios = (
             measured / torch.maximum(bound, floor),
             measured / torch.maximum(stated, floor),
@@ -239,60 +237,6 @@ class AttentionBoundProbe(LoopProbe):
             worst={name: value.clone() for name, value in self.worst.items()},
             moments=self._collector.moments(),
         )
-
-
-@torch.no_grad()
-def head_norms(attention: Any) -> tuple[Float[Tensor, " head"], Float[Tensor, " head"]]:
-    """Spectral norms |W_Q W_K^T| and |W_Q| |W_K| of each query head, without a d_model x d_model matrix.
-
-    Heads that share keys have the same W_K. Biases count as a row of the weights.
-
-    Args:
-        attention: A bridge's attention, ``model.blocks[i].attn``.
-
-    Raises:
-        ValueError: If it has no queries and keys that are linear in its input.
-    """
-    parts = getattr(attention, "submodules", None) or {}
-    if "q_norm" in parts or "k_norm" in parts:
-        raise ValueError(
-            "the bound does not apply: this model norms its queries and keys (qk-norm), so its scores are not a "
-            "bilinear form of the attention's input"
-        )
-    try:
-        w_q, w_k = attention.W_Q, attention.W_K
-    except (AttributeError, KeyError, NotImplementedError):
-        w_q = w_k = None
-    if not (isinstance(w_q, Tensor) and isinstance(w_k, Tensor) and w_q.ndim == w_k.ndim == 3):
-        raise ValueError(
-            f"the bound does not apply: {type(attention).__name__} has no W_Q and W_K [head d_model d_head]"
-        )
-    b_q, b_k = _bias(attention, "b_Q"), _bias(attention, "b_K")
-    constant = b_q is not None or b_k is not None
-    r_q, r_k = (_triangle(w, b, constant) for w, b in ((w_q, b_q), (w_k, b_k)))
-    r_k = r_k.repeat_interleave(len(r_q) // len(r_k), dim=0)
-    kappa = torch.linalg.matrix_norm(r_q @ r_k.mT, ord=2)
-    product = torch.linalg.matrix_norm(r_q, ord=2) * torch.linalg.matrix_norm(r_k, ord=2)
-    return kappa.cpu(), product.cpu()
-
-
-def _triangle(weight: Tensor, bias: Tensor | None, constant: bool) -> Float[Tensor, "head d_head d_head"]:
-    """R of W = Q R: it has W's spectral norms, whatever stands on its right."""
-    wide = weight.double()
-    if constant:
-        row = torch.zeros_like(wide[:, 0]) if bias is None else bias.double().reshape(len(wide), -1)
-        wide = torch.cat([wide, row.unsqueeze(1)], dim=1)
-    return torch.linalg.qr(wide, mode="r").R
-
-
-def _bias(attention: Any, name: str) -> Tensor | None:
-    bias = getattr(attention, name, None)
-    return bias if isinstance(bias, Tensor) else None
-
-
-def _scaling(attention: Any) -> float:
-    own = getattr(getattr(attention, "original_component", None), "scaling", None)
-    return float(own) if own is not None else float(attention.W_Q.shape[-1]) ** -0.5
 
 
 def attention_bound(
@@ -332,6 +276,11 @@ def attention_bound(
             supposes; if there are no prompts, a prompt has one token, there are fewer than two iterations, or the model
             has no attention patterns.
         DivergedError: If values become NaN; names the first iteration.
+
+    Example:
+        >>> bound = loop_lens.dynamics.attention_bound(model, prompts)
+        >>> bool((bound.mean("measured")[1:] < bound.mean("bound")[1:]).all())
+        True
 
     Source:
         arXiv 2604.11791, Proposition 4.2, which is stated for X the stream and does not treat norms, rotary

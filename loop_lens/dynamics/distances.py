@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-DISTANCES = ("frobenius", "tv", "js")
-"""Of two patterns: Frobenius norm of the difference; total variation and Jensen-Shannon distance per query."""
 
 _TINY = torch.finfo(torch.float32).tiny
 _EDGE = 1 - 2**-24  # the float32 below 1: where one probability is far above the other, 2e-6 is lost
@@ -21,6 +20,14 @@ def total_variation(
     Args:
         a: Post-softmax attention.
         b: The same of another firing.
+
+    Example:
+        >>> from loop_lens.dynamics import total_variation
+        >>> _, cache = model.run_with_cache(prompt)
+        >>> patterns = cache.over_iterations("pattern", layer=1)  # iteration batch head query key
+        >>> moved = total_variation(patterns[1:], patterns[:-1])
+        >>> moved.shape, bool(moved[-1].max() < moved[0].max())
+        (torch.Size([7, 1, 4, 11]), True)
     """
     return (a.float() - b.float()).abs().sum(-1) / 2
 
@@ -36,6 +43,11 @@ def jensen_shannon(
     Args:
         a: Post-softmax attention.
         b: The same of another firing.
+
+    Example:
+        >>> from loop_lens.dynamics import jensen_shannon
+        >>> round(jensen_shannon(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])).item(), 3)  # sqrt(ln 2)
+        0.833
     """
     a, b = a.float(), b.float()
     both = a + b
@@ -54,6 +66,15 @@ def frobenius_rows(
         b: The same of another firing.
     """
     return (a.float() - b.float()).norm(dim=-1)
+
+
+PER_QUERY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "frobenius": frobenius_rows,
+    "total_variation": total_variation,
+    "jensen_shannon": jensen_shannon,
+}
+"""Distances of two patterns, per query; that of whole patterns is the norm of Frobenius', the mean of the others'."""
+DISTANCES = tuple(PER_QUERY)
 
 
 def require_distances(metrics: tuple[str, ...], allowed: tuple[str, ...] = DISTANCES) -> None:

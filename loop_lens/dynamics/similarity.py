@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -14,10 +14,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from loop_lens.dynamics.distances import DISTANCES, jensen_shannon, require_distances, require_two_tokens
 from loop_lens.figures.canvas import new_figure, spaced
-from loop_lens.measuring.moments import DivergedError, Moments, Over
+from loop_lens.measuring.moments import Collector, DivergedError, Moments, Over
 from loop_lens.measuring.probe import Probe
 from loop_lens.measuring.processes import shared
-from loop_lens.measuring.results import Result, require_alike
+from loop_lens.measuring.results import Result
 from loop_lens.measuring.run import measure, schedule_of
 from loop_lens.prompts.reader import Batch
 from loop_lens.unrolling.schedule import Schedule
@@ -41,6 +41,15 @@ class FiringSimilarity(Result):
         attention: Moments of the pattern distances, over prompts and heads [depth other], or by head
             [head depth other]; None if none was measured.
         residual: Moments of the residual cosine, over tokens [depth other]; None if it was not measured.
+
+    Example:
+        >>> similarity = loop_lens.dynamics.firing_similarity(model, prompts)
+        >>> similarity.metrics
+        ('frobenius', 'total_variation', 'jensen_shannon', 'cosine')
+        >>> similarity.mean("cosine").shape  # depth other
+        torch.Size([18, 18])
+        >>> similarity.segments[:3], similarity.iterations[:3]
+        (('prelude', 'loop', 'loop'), (None, 0, 0))
     """
 
     depths: tuple[int, ...]
@@ -71,19 +80,6 @@ class FiringSimilarity(Result):
     def std(self, metric: str, *, over: Over = "values") -> Tensor:
         """Standard deviation [depth other], of attention by head [head depth other]."""
         return self._part(metric).std(metric, over=over)
-
-    def merge(self, other: FiringSimilarity) -> FiringSimilarity:
-        """The result on both results' prompts.
-
-        Raises:
-            ValueError: If they are of different firings or metrics.
-        """
-        require_alike(self, other, "depths", "segments", "iterations", "layers", "metrics")
-        return replace(
-            self,
-            attention=self.attention.merge(other.attention) if self.attention and other.attention else None,
-            residual=self.residual.merge(other.residual) if self.residual and other.residual else None,
-        )
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per pair, both ways (and head): places, and each metric's mean and spreads."""
@@ -145,28 +141,6 @@ class FiringSimilarity(Result):
         return [i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]]
 
 
-class _Sums:
-    """Sums of a grid whose every cell gets the same number of values at once."""
-
-    def __init__(self, metrics: Sequence[str], axes: dict[str, tuple[Any, ...]]) -> None:
-        self.metrics, self.axes = tuple(metrics), axes
-        shape = (len(self.metrics), *(len(labels) for labels in axes.values()))
-        self.sums = torch.zeros(6, *shape, dtype=torch.float64)
-
-    def add(self, values: Tensor) -> None:
-        """Take one prompt's values [value metric *cell]."""
-        values = values.double().cpu()
-        total, mean = values.sum(0), values.mean(0)
-        one = torch.ones_like(total)
-        parts = (len(values) * one, total, values.square().sum(0), one, mean, mean.square())
-        for to, part in zip(self.sums, parts, strict=True):
-            to += part
-
-    def moments(self) -> Moments:
-        """What has been added so far."""
-        return Moments(self.axes, self.metrics, self.sums.clone())
-
-
 class FiringSimilarityProbe(Probe):
     """Measures `FiringSimilarity` in a run of `loop_lens.measuring.measure`.
 
@@ -181,6 +155,14 @@ class FiringSimilarityProbe(Probe):
     Raises:
         ValueError: If a metric is unknown, or fewer than two firings are chosen.
         UnknownNameError: If a segment, iteration or layer does not exist.
+
+    Example:
+        >>> from loop_lens.dynamics import FiringSimilarityProbe
+        >>> from loop_lens.measuring import measure
+        >>> probe = FiringSimilarityProbe(model, layer=1, metrics=("cosine",))
+        >>> measure(model, prompts, [probe])
+        >>> probe.result().depths  # layer 1 of the loop, iteration after iteration
+        (2, 4, 6, 8, 10, 12, 14, 16)
     """
 
     def __init__(
@@ -197,19 +179,18 @@ class FiringSimilarityProbe(Probe):
         self.firings = _chosen(schedule_of(model), segment, iteration, layer)
         if len(self.firings) < 2:
             raise ValueError("pairs need at least two firings: choose more, or set_recurrences(2) or more")
-        self._distances = tuple(m for m in metrics if m != "cosine")
-        self.hooks = (
-            *(("pattern",) if self._distances else ()),
-            *(("resid_post",) if "cosine" in metrics else ()),
-        )
+        self._per_head = per_head
         self._places: dict[Firing | Boundary, int] = {firing: i for i, firing in enumerate(self.firings)}
         self._kept: dict[tuple[str, int], Tensor] = {}
         depths = tuple(firing.index for firing in self.firings)
-        pairs: dict[str, tuple[Any, ...]] = {"depth": depths, "other": depths}
-        heads = {"head": tuple(range(int(model.cfg.n_heads)))} if per_head else {}
-        self._per_head = per_head
-        self._attention = _Sums(self._distances, {**heads, **pairs}) if self._distances else None
-        self._residual = _Sums(("cosine",), pairs) if "cosine" in metrics else None
+        pairs: dict[str, Sequence[int]] = {"depth": depths, "other": depths}
+        heads = {"head": range(int(model.cfg.n_heads))} if per_head else {}
+        self._collectors: dict[str, Collector] = {}
+        if distances := [metric for metric in metrics if metric != "cosine"]:
+            self._collectors["pattern"] = Collector(distances, {**heads, **pairs})
+        if "cosine" in metrics:
+            self._collectors["resid_post"] = Collector(("cosine",), pairs)
+        self.hooks = tuple(self._collectors)
 
     def wants(self, site: Site) -> bool:
         """The chosen firings."""
@@ -217,7 +198,7 @@ class FiringSimilarityProbe(Probe):
 
     def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
         """Start a batch."""
-        if self._distances:
+        if "pattern" in self.hooks:
             require_two_tokens(batch.lengths, batch.index)
         self._lengths: list[int] = batch.lengths.tolist()
         self._kept = {}
@@ -231,13 +212,20 @@ class FiringSimilarityProbe(Probe):
         for prompt, n in enumerate(self._lengths):
             kept = {hook: self._stacked(hook, prompt, n) for hook in self.hooks}
             self._require_finite(kept)
-            if self._attention is not None:
-                maps = torch.stack([_pairwise(kept["pattern"], metric) for metric in self._distances])
-                # [metric head depth other]; heads are cells of their own, or values of one.
-                self._attention.add(maps.unsqueeze(0) if self._per_head else maps.transpose(0, 1))
-            if self._residual is not None:
-                self._residual.add(_cosines(kept["resid_post"]).unsqueeze(1))
+            for hook, collector in self._collectors.items():
+                values = self._compared(hook, kept[hook])
+                collector.begin(1, values.device)
+                collector.put(slice(None), (), values)
+                collector.end()
         self._kept = {}
+
+    def _compared(self, hook: str, kept: Tensor) -> Tensor:
+        """All pairs of one prompt, [metric depth other prompt value] or by head [metric head depth other prompt]."""
+        if hook == "resid_post":
+            return _cosines(kept).movedim(0, -1)[None, :, :, None]
+        maps = torch.stack([_pairwise(kept, metric) for metric in self._collectors[hook].metrics])
+        # Heads are cells of their own, or values of one.
+        return maps.unsqueeze(-1) if self._per_head else maps.movedim(1, -1).unsqueeze(-2)
 
     def _stacked(self, hook: str, prompt: int, n: int) -> Tensor:
         """One prompt's patterns [depth head query key] or stream [depth pos d_model], without padding."""
@@ -256,13 +244,14 @@ class FiringSimilarityProbe(Probe):
 
     def result(self) -> FiringSimilarity:
         """What was measured so far, by this process."""
+        moments = {hook: collector.moments() for hook, collector in self._collectors.items()}
         return FiringSimilarity(
             depths=tuple(f.index for f in self.firings),
             segments=tuple(f.segment for f in self.firings),
             iterations=tuple(f.iteration for f in self.firings),
             layers=tuple(f.layer for f in self.firings),
-            attention=None if self._attention is None else self._attention.moments(),
-            residual=None if self._residual is None else self._residual.moments(),
+            attention=moments.get("pattern"),
+            residual=moments.get("resid_post"),
         )
 
 
@@ -283,10 +272,10 @@ def _pairwise(
     patterns: Float[Tensor, "depth head query key"], metric: str
 ) -> Float[Tensor, "head depth depth"]:
     """One distance between all pairs of patterns, of each head; those per query as their mean."""
-    if metric == "js":
-        return _jensen_shannon(patterns)
+    if metric == "jensen_shannon":
+        return _jensen_shannon_pairwise(patterns)
     flat = patterns.flatten(2).transpose(0, 1)
-    if metric == "tv":
+    if metric == "total_variation":
         return torch.cdist(flat, flat, p=1) / (2 * patterns.shape[2])
     # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b cancels for neighbours: in float64, around the mean of all, it is
     # exact to about 1e-8 of the patterns' own spread.
@@ -299,15 +288,15 @@ def _pairwise(
     return distance
 
 
-def _jensen_shannon(patterns: Tensor) -> Tensor:
+def _jensen_shannon_pairwise(patterns: Tensor) -> Tensor:
     n_depths, n_heads = patterns.shape[:2]
-    found = patterns.new_zeros(n_heads, n_depths, n_depths)
+    above = patterns.new_zeros(n_heads, n_depths, n_depths)
     size = max(1, _BLOCK // patterns[0].numel())
     for i in range(n_depths - 1):
         for start in range(i + 1, n_depths, size):
             others = slice(start, min(start + size, n_depths))
-            found[:, i, others] = jensen_shannon(patterns[i], patterns[others]).mean(-1).T
-    return found + found.mT
+            above[:, i, others] = jensen_shannon(patterns[i], patterns[others]).mean(-1).T
+    return above + above.mT
 
 
 def _cosines(stream: Float[Tensor, "depth pos d_model"]) -> Float[Tensor, "pos depth depth"]:
@@ -342,8 +331,8 @@ def firing_similarity(
             model if nothing is.
         iteration: One, several or a slice of its iterations.
         layer: One, several or a slice of its layers.
-        metrics: ``"frobenius"``, ``"tv"`` (total variation) and ``"js"`` (Jensen-Shannon distance, both per query)
-            of attention patterns, head by head, and ``"cosine"`` of the stream after the block, per token.
+        metrics: ``"frobenius"``, ``"total_variation"`` and ``"jensen_shannon"`` (both per query) of attention
+            patterns, head by head, and ``"cosine"`` of the stream after the block, per token.
         per_head: Whether to keep heads apart rather than average over them; 48 bytes a pair, metric and head.
         batch_size: Prompts a forward.
         progress: Whether to show a progress bar, for work beyond two seconds.
@@ -353,6 +342,13 @@ def firing_similarity(
             attention), there are no prompts, or the model has no attention patterns.
         UnknownNameError: If a segment, iteration or layer does not exist.
         DivergedError: If values become NaN or infinite; names the first firing.
+
+    Example:
+        >>> similarity = loop_lens.dynamics.firing_similarity(
+        ...     model, prompts, segment="loop", layer=1, metrics=("frobenius",)
+        ... )
+        >>> similarity.mean("frobenius")[0, :3].round(decimals=2).tolist()  # iteration 0 against 0, 1, 2
+        [0.0, 1.06, 1.14]
 
     Source:
         arXiv 2604.11791, M7 and M8 (figures 2 and 19 to 21); the other two distances are additions.

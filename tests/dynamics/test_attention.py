@@ -26,8 +26,8 @@ def measured(a: Tensor, b: Tensor) -> dict[str, float]:
     pairs = [(a[p, q], b[p, q]) for p in range(len(a)) for q in range(a.shape[1])]
     return {
         "frobenius": float(np.mean([np.linalg.norm(x - y) for x, y in zip(a, b, strict=True)])),
-        "tv": float(np.mean([0.5 * np.abs(x - y).sum() for x, y in pairs])),
-        "js": float(np.mean([js_by_entropies(x, y) for x, y in pairs])),
+        "total_variation": float(np.mean([0.5 * np.abs(x - y).sum() for x, y in pairs])),
+        "jensen_shannon": float(np.mean([js_by_entropies(x, y) for x, y in pairs])),
     }
 
 
@@ -53,7 +53,7 @@ def test_against_the_cache(name: str) -> None:
                     assert mean == pytest.approx(value, rel=1e-4, abs=1e-6)
             norm = patterns[i][:, head].norm(dim=(1, 2)).mean()
             assert float(found.mean("norm")[i, 1, head]) == pytest.approx(float(norm), rel=1e-5)
-    assert found.mean("tv_step")[0].isnan().all()
+    assert found.mean("total_variation_step")[0].isnan().all()
     assert len(found.to_dataframe()) == found.mean("norm").numel()
 
 
@@ -76,12 +76,12 @@ def test_heads_settle_where_the_steps_say_so() -> None:
         at = found.settled(tolerance)
         for layer in range(at.shape[0]):
             for head in range(at.shape[1]):
-                steps = found.mean("tv_step")[:, layer, head].tolist()
+                steps = found.mean("total_variation_step")[:, layer, head].tolist()
                 by_hand = settled_by_hand(steps, tolerance)
                 assert at[layer, head].item() == pytest.approx(by_hand, nan_ok=True)
     expected = torch.zeros_like(found.share_settled)
     for single in singles:
-        steps = single.mean("tv_step")
+        steps = single.mean("total_variation_step")
         for layer in range(steps.shape[1]):
             for head in range(steps.shape[2]):
                 at = settled_by_hand(steps[:, layer, head].tolist(), 0.03)
@@ -106,10 +106,10 @@ def test_a_contracting_loop_settles_one_iteration_later_for_half_the_tolerance()
                 parameter.zero_()
     model.set_recurrences(16)
     found = attention_settling(model, torch.tensor([[1, 2, 3, 4]]), reference=40)
-    step = found.mean("tv_step")[4].max().item()
+    step = found.mean("total_variation_step")[4].max().item()
     at = [found.settled(step * 0.5**k).amax() for k in range(3)]
     assert (at[1] - at[0]).item() == pytest.approx(1, abs=1) and at[2] > at[0]
-    distances = found.mean("tv_distance")[:, 0].amax(-1).tolist()
+    distances = found.mean("total_variation_distance")[:, 0].amax(-1).tolist()
     by_hand = next(t for t in range(16) if all(d <= step for d in distances[t:]))
     assert found.settled(step, of="distance").amax() == by_hand
 
@@ -163,8 +163,8 @@ def test_bad_requests() -> None:
         attention_settling(model, [torch.tensor([1, 2]), torch.tensor([3])])
     with pytest.raises(ValueError, match="metric 'cosine' is unknown"):
         attention_settling(model, TEXTS, metrics=("cosine",))
-    with pytest.raises(ValueError, match="metric 'tv' is unknown"):
-        attention_settling(model, TEXTS, metrics=("js",))
+    with pytest.raises(ValueError, match="metric 'total_variation' is unknown"):
+        attention_settling(model, TEXTS, metrics=("jensen_shannon",))
     with pytest.raises(ValueError, match="at least 2 iterations"), model.at_recurrences(1):
         attention_settling(model, TEXTS)
     name = model.name("resid_pre", iteration=2, layer=1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import loop_lens
 from loop_lens.dynamics import AttentionBound, attention_bound
-from loop_lens.dynamics.bound import head_norms
+from loop_lens.dynamics.scores import head_norms
 from loop_lens.measuring.moments import DivergedError
 from tests.dynamics.test_attention import TEXTS
 from tests.interventions.models import MODELS, opened, prompts, wrapped
@@ -118,7 +118,7 @@ def test_an_identity_of_the_projections_has_a_known_norm() -> None:
     attn.q_proj.bias.zero_()
     attn.k_proj.bias.zero_()
     firing = model.schedule.find("loop", 0, 0)
-    kappa, product = head_norms(model.blocks[firing.index].attn)
+    kappa, product, *_ = head_norms(model.blocks[firing.index].attn)
     assert kappa.tolist() == pytest.approx([2, 4, 6]) and product.tolist() == pytest.approx([2, 4, 6])
 
 

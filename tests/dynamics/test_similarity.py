@@ -116,7 +116,7 @@ def test_padding_changes_nothing_and_parts_merge(tmp_path: Path) -> None:
     assert again.to_dataframe().equals(together.to_dataframe())
     together.to_parquet(tmp_path / "maps.parquet")
     with pytest.raises(ValueError, match="metrics differ"):
-        together.merge(firing_similarity(model, each, metrics=("tv",)))
+        together.merge(firing_similarity(model, each, metrics=("total_variation",)))
 
 
 def test_table_and_picture() -> None:
@@ -128,15 +128,17 @@ def test_table_and_picture() -> None:
     first, second = model.schedule[2], model.schedule[5]
     assert (row["segment"], row["iteration"], row["layer"]) == (first.segment, first.iteration, first.layer)
     assert (row["other_iteration"], row["other_layer"]) == (second.iteration, second.layer)
-    assert row["tv"] == float(found.mean("tv")[1, 2, 5])
+    assert row["total_variation"] == float(found.mean("total_variation")[1, 2, 5])
     assert row["cosine"] == float(found.mean("cosine")[2, 5])
     starts = 1 + 3  # of the loop's iterations and the coda, behind the prelude
-    assert len(found.plot("js", head=1).axes[0].lines) == 2 * starts
-    assert np.allclose(found.plot("tv").axes[0].images[0].get_array(), found.mean("tv").mean(0))
+    assert len(found.plot("jensen_shannon", head=1).axes[0].lines) == 2 * starts
+    assert np.allclose(
+        found.plot("total_variation").axes[0].images[0].get_array(), found.mean("total_variation").mean(0)
+    )
     with pytest.raises(ValueError, match="heads 0-2"):
-        found.plot("tv", head=3)
+        found.plot("total_variation", head=3)
     with pytest.raises(ValueError, match="per_head=True"):
-        firing_similarity(model, TEXTS).plot("tv", head=0)
+        firing_similarity(model, TEXTS).plot("total_variation", head=0)
 
 
 def test_bad_requests() -> None:
