@@ -14,16 +14,22 @@ class AdditionTask(Task):
 
     ``3 9 4 = _ _ _`` modulo 10 gives 3, 2, 6. Level h has h + 1 terms, h additions. The split is by
     the ordered terms.
+
+    Example:
+        >>> task = loop_lens.data.AdditionTask(modulus=10)
+        >>> batch = task.batch(1, level=2, generator=torch.Generator().manual_seed(0))
+        >>> task.tokenizer.decode(batch.input_ids[0]), batch.labels[0, 4:].tolist()
+        ('0 3 9 = _ _ _', [0, 3, 2])
     """
 
     name = "addition"
     levels = 6
 
     def __init__(self, *, modulus: int = 10) -> None:
-        """A task.
+        """Addition modulo a number.
 
         Args:
-            modulus: What sums are taken modulo; there are so many numbers.
+            modulus: What sums are taken modulo: the terms are 0 to modulus - 1.
         """
         if modulus < 2:
             raise ValueError(f"modulus must be at least 2, got {modulus}")
@@ -32,7 +38,7 @@ class AdditionTask(Task):
         self.vocab_size = len(self.tokenizer)
 
     def batch(self, n: int, *, level: int, generator: torch.Generator, split: Split = "train") -> TaskBatch:
-        """Draw sequences of ``level`` additions; any number of them."""
+        """Draw sequences of ``level`` additions; every level exists."""
         require_level(level, None, "addition")
         shape = level + 1
         terms = draw_of_split(

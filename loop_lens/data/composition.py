@@ -16,13 +16,19 @@ class CompositionTask(Task):
     i permutations (``p_i(...p_1(s))``; here b, then a). Level h composes h of them. With five symbols
     this is the word problem of S5, which no fixed depth solves at every length. The split is by the
     permutations in order.
+
+    Example:
+        >>> task = loop_lens.data.CompositionTask()
+        >>> batch = task.batch(1, level=2, generator=torch.Generator().manual_seed(0))
+        >>> task.tokenizer.decode(batch.input_ids[0]), task.tokenizer.decode(batch.labels[0, -2:])
+        ('| c d e a b | d b e a c ? a _ _', 'c e')
     """
 
     name = "composition"
     levels = 6
 
     def __init__(self, *, symbols: int = 5) -> None:
-        """A task.
+        """Composition of permutations of some symbols.
 
         Args:
             symbols: How many symbols are permuted, 2 to 26.
@@ -34,7 +40,7 @@ class CompositionTask(Task):
         self.vocab_size = len(self.tokenizer)
 
     def batch(self, n: int, *, level: int, generator: torch.Generator, split: Split = "train") -> TaskBatch:
-        """Draw sequences of ``level`` permutations; any number of them."""
+        """Draw sequences of ``level`` permutations; every level exists."""
         require_level(level, None, "composition")
         size = self.symbols
         drawn = draw_of_split(

@@ -21,13 +21,20 @@ class HopsTask(Task):
     ``a c  f b  ...  ? a -> -> ->``: the i-th arrow is to name f applied i times to the start. Nothing
     else is in the sequence, so hop i must come from hop i - 1 through the residual stream. With any
     permutation instead of one full cycle, short cycles would give answers away.
+
+    Example:
+        >>> task = loop_lens.data.HopsTask()
+        >>> task.prompt([2, 0, 1, 4, 5, 6, 7, 3], start=0, hops=2)
+        'a c b a c b d e e f f g g h h d ? a -> ->'
+        >>> task.batch(4, level=2, generator=torch.Generator().manual_seed(0)).input_ids.shape
+        torch.Size([4, 20])
     """
 
     name = "hops"
     levels = 6
 
     def __init__(self, *, queries: Sequence[int] = ()) -> None:
-        """A task.
+        """Hops with one query a sequence, or several.
 
         Args:
             queries: Number of queries in a sequence at levels 1, 2, ...; one at levels beyond. More
@@ -41,7 +48,7 @@ class HopsTask(Task):
         self.vocab_size = len(self.tokenizer)
 
     def batch(self, n: int, *, level: int, generator: torch.Generator, split: Split = "train") -> TaskBatch:
-        """Draw sequences of ``level`` hops; any number of them."""
+        """Draw sequences of ``level`` hops; every level exists."""
         require_level(level, None, "hops")
         f = draw_of_split(lambda k: draw_cycles(k, SYMBOLS, generator), n, split)
         order = draw_permutations(n, SYMBOLS, generator)

@@ -11,7 +11,7 @@ from torch import Tensor
 from loop_lens.data.task import Split, require_split
 
 TEST_SHARE = 8
-"""One structure in so many belongs to the test split."""
+"""One structure in eight belongs to the test split."""
 
 
 def draw_permutations(n: int, size: int, generator: torch.Generator) -> Int[Tensor, "n size"]:
@@ -41,9 +41,9 @@ def draw_of_split(
     """Draw structures until n of them belong to a split.
 
     Args:
-        draw: Draws so many.
-        n: How many to return.
-        split: Whose.
+        draw: Draws the number of structures that it is given.
+        n: Number of structures to return.
+        split: The split that they belong to.
     """
     require_split(split)
     drawn: list[Tensor] = []

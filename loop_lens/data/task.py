@@ -17,12 +17,17 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """Sequences and what a model should say about them.
+    """Sequences, and the tokens that a model should name.
 
     Attributes:
         input_ids: Tokens [batch pos].
         labels: What the logits at each position should name [batch pos], -100 for nothing. They are
             not shifted: the label at position i belongs to the logits at position i.
+
+    Example:
+        >>> batch = loop_lens.data.AdditionTask().batch(2, level=2, generator=torch.Generator().manual_seed(0))
+        >>> batch.input_ids.shape, batch.labels[0].tolist()
+        (torch.Size([2, 7]), [-100, -100, -100, -100, 0, 3, 2])
     """
 
     input_ids: Int[Tensor, "batch pos"]
@@ -44,6 +49,16 @@ class Task(ABC):
         vocab_size: Number of tokens.
         levels: Number of levels of difficulty; 1 is the easiest.
         tokenizer: A ``PreTrainedTokenizerFast`` that reads and writes the sequences.
+
+    Example:
+        >>> class Copying(loop_lens.data.Task):
+        ...     name, vocab_size, levels, tokenizer = "copying", 7, 1, None
+        ...
+        ...     def batch(self, n, *, level, generator, split="train"):
+        ...         ids = torch.randint(7, (n, 5), generator=generator)
+        ...         return loop_lens.data.TaskBatch(ids, ids)
+        >>> round(Copying().chance(level=1), 3)
+        0.143
     """
 
     name: str

@@ -19,7 +19,7 @@ from loop_lens.data.task import Split, Task, TaskBatch, require_level, require_s
 
 END = "<|endoftext|>"
 TEST_SHARE = 16
-"""One document in so many is for testing."""
+"""One document in sixteen is for testing."""
 _LEFT_OUT = frozenset({"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages"})
 _PLAIN = str.maketrans(
     {0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"', 0x2013: "-", 0x2014: "-", 0x2026: "...", 0xA0: " "}
@@ -91,6 +91,13 @@ class TextTask(Task):
 
     There is one level. A window starts anywhere in the stream of documents, each after an `END`,
     which is what a prompt should start with.
+
+    Example:
+        >>> documents = [f"The number {i} comes after {i - 1}, and before {i + 1}." for i in range(200)]
+        >>> task = loop_lens.data.TextTask(documents, vocab_size=300, window=16)
+        >>> batch = task.batch(4, generator=torch.Generator().manual_seed(0))
+        >>> batch.input_ids.shape, task.vocab_size
+        (torch.Size([4, 16]), 300)
     """
 
     name = "text"
@@ -104,7 +111,7 @@ class TextTask(Task):
         vocab_size: int = 2048,
         window: int = 128,
     ) -> None:
-        """A task.
+        """Windows of some documents.
 
         Args:
             documents: The text; `standard_library_documents` by default. One in sixteen, chosen by a

@@ -24,7 +24,20 @@ WRITING = ".writing"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written or read."""
+    """A checkpoint that could not be written or read.
+
+    Example:
+        >>> from loop_lens.training import CheckpointError, TrainingConfig, train
+        >>> task = loop_lens.data.AdditionTask()
+        >>> size = loop_lens.LoopedConfig(vocab_size=task.vocab_size, hidden_size=16, intermediate_size=16)
+        >>> net = loop_lens.LoopedTransformer(size)
+        >>> result = train(net, task, TrainingConfig(steps=2, batch_size=4), folder="run", progress=False)
+        >>> try:
+        ...     train(net, task, TrainingConfig(steps=2, batch_size=8), folder="run", progress=False)
+        ... except CheckpointError as error:
+        ...     "batch_size: 4 there, 8 now" in str(error)
+        True
+    """
 
 
 @dataclass

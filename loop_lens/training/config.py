@@ -45,6 +45,12 @@ class TrainingConfig:
 
     Raises:
         ValueError: If a setting makes no sense, saying which.
+
+    Example:
+        >>> from loop_lens.training import TrainingConfig, Uniform
+        >>> config = TrainingConfig(steps=100, lr=1e-3, warmup=10, schedule="cosine", recurrences=Uniform(2, 6))
+        >>> [round(config.learning_rate(step, end=100), 5) for step in (0, 9, 99)]
+        [0.0001, 0.001, 0.0]
     """
 
     steps: int

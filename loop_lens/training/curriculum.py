@@ -16,6 +16,12 @@ class Curriculum:
         window: Number of steps to average over; a stage is never shorter.
         settle: Training ends this many steps after the last stage was passed; None to go on to the last
             step of `TrainingConfig.steps`.
+
+    Example:
+        >>> from loop_lens.training import Curriculum, TrainingConfig
+        >>> config = TrainingConfig(steps=2000, curriculum=Curriculum((1, 2, 3), threshold=0.9, settle=200))
+        >>> config.curriculum.levels
+        (1, 2, 3)
     """
 
     levels: tuple[int, ...]

@@ -38,6 +38,13 @@ class Evaluation(Result):
         loss_at: Mean cross-entropy at each position, NaN where it has no label [level recurrences pos].
         accuracy_at: Share named rightly at each position, likewise [level recurrences pos].
         labelled: Number of labels at each position [level pos].
+
+    Example:
+        >>> from loop_lens.training import evaluate
+        >>> net = loop_lens.LoopedTransformer.from_pretrained(loop_lens.shipped.shipped_folder("hops"))
+        >>> found = evaluate(net, loop_lens.data.HopsTask(), recurrences=[1, 8], levels=[2], n=32, progress=False)
+        >>> found.accuracy.shape, found.to_dataframe()["recurrences"].tolist()
+        (torch.Size([1, 2]), [1, 8])
     """
 
     task: str
@@ -116,6 +123,13 @@ def evaluate(
     Raises:
         TypeError: If the model is not a bare looped model.
         ValueError: If there is nothing to measure, or a number of iterations is below 1.
+
+    Example:
+        >>> from loop_lens.training import evaluate
+        >>> net = loop_lens.LoopedTransformer.from_pretrained(loop_lens.shipped.shipped_folder("hops"))
+        >>> found = evaluate(net, loop_lens.data.HopsTask(), recurrences=[8], levels=[1, 6], n=32, progress=False)
+        >>> (found.accuracy > 0.9).tolist()
+        [[True], [True]]
     """
     if not isinstance(model, LoopedTransformer):
         raise TypeError(

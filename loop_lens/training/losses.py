@@ -14,7 +14,13 @@ from loop_lens.models.native.config import LoopedConfig
 
 
 class Loss(ABC):
-    """A loss over iterations, summed over the labelled places."""
+    """A loss over iterations, summed over the labelled places.
+
+    Example:
+        >>> from loop_lens.training import ExitGateLoss, LastIteration, Loss
+        >>> [isinstance(loss, Loss) and loss.reads_iterations for loss in (LastIteration(), ExitGateLoss())]
+        [False, True]
+    """
 
     reads_iterations = True
 
@@ -44,7 +50,14 @@ class Loss(ABC):
 
 @dataclass(frozen=True)
 class LastIteration(Loss):
-    """Cross-entropy of the last iteration alone."""
+    """Cross-entropy of the last iteration alone.
+
+    Example:
+        >>> from loop_lens.training import LastIteration
+        >>> logits, targets = torch.zeros(3, 2, 8), torch.tensor([0, 5])  # 3 iterations, 2 places, 8 tokens
+        >>> round(LastIteration().total(logits, targets, None).item(), 3)  # 2 log 8
+        4.159
+    """
 
     reads_iterations = False
 
@@ -60,6 +73,11 @@ class WeightedIterations(Loss):
     Attributes:
         weights: ``"uniform"``, ``"linear"`` (iteration t counts t + 1), or one weight per iteration, for
             trainings whose number of iterations never changes.
+
+    Example:
+        >>> from loop_lens.training import WeightedIterations
+        >>> WeightedIterations("linear").shares(4)
+        tensor([0.1000, 0.2000, 0.3000, 0.4000])
     """
 
     weights: str | tuple[float, ...] = "uniform"
@@ -109,6 +127,12 @@ class ExitGateLoss(Loss):
 
     Source:
         Ouro, arXiv 2510.25741, section 3.3 (entropy-regularised objective with a uniform prior).
+
+    Example:
+        >>> from loop_lens.training import ExitGateLoss
+        >>> logits, targets, gates = torch.zeros(2, 1, 8), torch.tensor([5]), torch.zeros(2, 1)
+        >>> round(ExitGateLoss(beta=0.1).total(logits, targets, gates).item(), 3)  # log 8 - 0.1 log 2
+        2.01
     """
 
     beta: float = 0.1

@@ -10,7 +10,13 @@ import torch
 
 
 class Recurrences(ABC):
-    """A rule for the number of iterations of one step."""
+    """A rule for the number of iterations of one step.
+
+    Example:
+        >>> from loop_lens.training import Fixed, Recurrences, Uniform
+        >>> isinstance(Fixed(4), Recurrences), Fixed(4).constant, Uniform(2, 6).constant
+        (True, 4, None)
+    """
 
     @abstractmethod
     def draw(self, generator: torch.Generator, *, level: int, fraction: float = 1.0) -> int:
@@ -34,6 +40,11 @@ class Fixed(Recurrences):
 
     Attributes:
         n: The number of iterations.
+
+    Example:
+        >>> from loop_lens.training import Fixed
+        >>> Fixed(8).draw(torch.Generator(), level=1, fraction=0.5)
+        4
     """
 
     n: int
@@ -61,6 +72,12 @@ class Uniform(Recurrences):
         high: The largest number.
         per_level: Added to both for each level: ``Uniform(1, 3, per_level=1)`` draws from h+1 to h+3 at
             level h.
+
+    Example:
+        >>> from loop_lens.training import Uniform
+        >>> rule, generator = Uniform(1, 3, per_level=1), torch.Generator().manual_seed(0)
+        >>> sorted({rule.draw(generator, level=4) for _ in range(50)})
+        [5, 6, 7]
     """
 
     low: int
@@ -101,6 +118,12 @@ class LogNormalPoisson(Recurrences):
 
     Source:
         Geiping et al., arXiv 2502.05171, section 3.3 (r-bar 32, sigma 0.5). The limit is ours.
+
+    Example:
+        >>> from loop_lens.training import LogNormalPoisson
+        >>> rule, generator = LogNormalPoisson(mean=8, most=16), torch.Generator().manual_seed(0)
+        >>> 1 <= min(rule.draw(generator, level=1) for _ in range(50)) < 8
+        True
     """
 
     mean: float
@@ -142,6 +165,11 @@ class Ramp:
 
     Source:
         The shape "1-sqrt": McLeish et al., arXiv 2511.07384.
+
+    Example:
+        >>> from loop_lens.training import Ramp
+        >>> [Ramp(steps=10).fraction(step) for step in (0, 4, 9, 50)]
+        [0.1, 0.5, 1.0, 1.0]
     """
 
     steps: int

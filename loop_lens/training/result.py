@@ -24,6 +24,16 @@ class StepRecord:
         level: Level of the task.
         recurrences: Number of iterations.
         grad_norm: Norm of all gradients together, before clipping.
+
+    Example:
+        >>> from loop_lens.training import TrainingConfig, train
+        >>> task = loop_lens.data.AdditionTask()
+        >>> size = loop_lens.LoopedConfig(vocab_size=task.vocab_size, hidden_size=16, intermediate_size=16)
+        >>> net = loop_lens.LoopedTransformer(size)
+        >>> config, records = TrainingConfig(steps=2, batch_size=4), []
+        >>> result = train(net, task, config, folder="run", progress=False, on_step=records.append)
+        >>> [(record.step, record.level, record.recurrences) for record in records]
+        [(1, 1, 4), (2, 1, 4)]
     """
 
     step: int
@@ -47,6 +57,16 @@ class TrainingResult:
         steps: Number of steps done.
         passed: For each level of the curriculum that was passed, after how many steps.
         seconds: Time spent, that of interrupted runs included up to their last checkpoint.
+
+    Example:
+        >>> from loop_lens.training import TrainingConfig, train
+        >>> task = loop_lens.data.AdditionTask()
+        >>> size = loop_lens.LoopedConfig(vocab_size=task.vocab_size, hidden_size=16, intermediate_size=16)
+        >>> net = loop_lens.LoopedTransformer(size)
+        >>> config = TrainingConfig(steps=4, batch_size=4, log_every=2)
+        >>> result = train(net, task, config, folder="run", progress=False)
+        >>> result.log["step"].tolist(), result.passed
+        ([2, 4], {})
     """
 
     model: LoopedTransformer

@@ -67,6 +67,15 @@ def retrofit(
     Source:
         McLeish et al., arXiv 2511.07384 (the split of 16 layers). There the state starts from noise and the
         adapter from random weights.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+        >>> llama = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=4, **size))
+        >>> split = {"prelude": [0], "core": [1, 2], "coda": [3]}
+        >>> looped = loop_lens.training.retrofit(llama, recurrences=3, **split)
+        >>> looped.config.core_layers, looped.config.recurrences
+        (2, 3)
     """
     config = model.config
     kind = _kind_of(config)

@@ -39,7 +39,20 @@ _MAY_CHANGE = ("steps", "checkpoint_every", "log_every")
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss or a gradient that is not a number any more."""
+    """A loss or a gradient that is not a number any more.
+
+    Example:
+        >>> from loop_lens.training import NonFiniteLossError, TrainingConfig, train
+        >>> task = loop_lens.data.AdditionTask()
+        >>> size = loop_lens.LoopedConfig(vocab_size=task.vocab_size, hidden_size=16, intermediate_size=16)
+        >>> net = loop_lens.LoopedTransformer(size)
+        >>> net.lm_head.weight.data[0, 0] = float("nan")
+        >>> try:
+        ...     train(net, task, TrainingConfig(steps=3, batch_size=4), folder="run", progress=False)
+        ... except NonFiniteLossError as error:
+        ...     str(error).split(":")[0]
+        'the loss is nan at step 0'
+    """
 
 
 def train(
@@ -74,6 +87,17 @@ def train(
         ValueError: If the model cannot be trained like this.
         NonFiniteLossError: If the loss or the gradients are not finite; the last checkpoint is kept.
         CheckpointError: If a checkpoint cannot be written, or belongs to another training.
+
+    Example:
+        >>> from loop_lens.training import Fixed, TrainingConfig, train
+        >>> task = loop_lens.data.AdditionTask()
+        >>> size = loop_lens.LoopedConfig(vocab_size=task.vocab_size, hidden_size=16, intermediate_size=16)
+        >>> net = loop_lens.LoopedTransformer(size)
+        >>> config = TrainingConfig(steps=3, batch_size=4, recurrences=Fixed(2))
+        >>> train(net, task, config, folder="run", progress=False).steps
+        3
+        >>> loop_lens.boot("run/model").n_params == sum(p.numel() for p in net.parameters())
+        True
     """
     _require_trainable(model, task, config)
     folder = Path(folder)
