@@ -37,6 +37,11 @@ class TaskBatch:
         """The same batch on a device."""
         return TaskBatch(self.input_ids.to(device), self.labels.to(device))
 
+    def split(self, rows: int) -> list[TaskBatch]:
+        """The batch in parts of at most ``rows`` sequences."""
+        parts = zip(self.input_ids.split(rows), self.labels.split(rows), strict=True)
+        return [TaskBatch(ids, labels) for ids, labels in parts]
+
 
 class Task(ABC):
     """An endless supply of sequences, of a chosen difficulty.

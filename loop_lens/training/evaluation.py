@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
@@ -13,14 +13,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from loop_lens.data.task import IGNORED
+from loop_lens.data.task import IGNORED, Split, Task, TaskBatch
 from loop_lens.figures.canvas import new_figure
 from loop_lens.measuring.results import Result
 from loop_lens.models.native.modeling import LoopedTransformer
 from loop_lens.training.draws import generator_of
-
-if TYPE_CHECKING:
-    from loop_lens.data.task import Split, Task
 
 
 @dataclass(frozen=True)
@@ -65,19 +62,17 @@ class Evaluation(Result):
             for j, recurrences in enumerate(self.recurrences):
                 place = {"level": level, "recurrences": recurrences}
                 if not by_position:
-                    found = {"loss": float(self.loss[i, j]), "accuracy": float(self.accuracy[i, j])}
-                    rows.append({**place, **found, "n": int(self.labelled[i].sum())})
+                    numbers = {"loss": float(self.loss[i, j]), "accuracy": float(self.accuracy[i, j])}
+                    rows.append({**place, **numbers, "n": int(self.labelled[i].sum())})
                     continue
                 for position in self.labelled[i].nonzero().flatten().tolist():
-                    rows.append(
-                        {
-                            **place,
-                            "position": position,
-                            "loss": float(self.loss_at[i, j, position]),
-                            "accuracy": float(self.accuracy_at[i, j, position]),
-                            "n": int(self.labelled[i, position]),
-                        }
-                    )
+                    values = {
+                        "position": position,
+                        "loss": float(self.loss_at[i, j, position]),
+                        "accuracy": float(self.accuracy_at[i, j, position]),
+                        "n": int(self.labelled[i, position]),
+                    }
+                    rows.append(place | values)
         return pd.DataFrame(rows)
 
     def plot(self) -> Any:
@@ -142,29 +137,27 @@ def evaluate(
             f"evaluate needs numbers of iterations of at least 1, levels and sequences, got recurrences="
             f"{list(recurrences)}, levels={list(levels)}, n={n}, batch_size={batch_size}"
         )
-    kept, training = model.config.recurrences, model.training
-    model.config.recurrences = wanted[-1]
+    training = model.training
     model.eval()
     sums: list[Tensor] = []
     starts = range(0, n, batch_size)
+    bar = tqdm(total=len(levels) * len(starts), desc="evaluation", delay=2, disable=not progress, leave=False)
     try:
-        with tqdm(
-            total=len(levels) * len(starts), desc="evaluation", delay=2, disable=not progress, leave=False
-        ) as bar:
+        with bar:
             for level in levels:
-                found: list[Tensor] = []
+                parts: list[Tensor] = []
                 for start in starts:
-                    generator = generator_of(seed, start, f"evaluation {level}")
-                    batch = task.batch(
-                        min(batch_size, n - start), level=level, generator=generator, split=split
+                    size, generator = (
+                        min(batch_size, n - start),
+                        generator_of(seed, start, f"evaluation {level}"),
                     )
-                    found.append(_sums(model, batch.input_ids, batch.labels, [r - 1 for r in wanted]))
+                    batch = task.batch(size, level=level, generator=generator, split=split)
+                    parts.append(totals(model, batch, wanted))
                     bar.update()
-                sums.append(sum(_padded(found)))  # pyright: ignore[reportArgumentType]
+                sums.append(torch.stack(_padded(parts)).sum(0))
     finally:
-        model.config.recurrences = kept
         model.train(training)
-    table = torch.stack(list(_padded(sums)))
+    table = torch.stack(_padded(sums))
     loss, right, labelled = table.unbind(1)
     count = labelled.sum(-1)
     if not bool(count.all()):
@@ -183,19 +176,30 @@ def evaluate(
     )
 
 
-def _sums(
-    model: LoopedTransformer, input_ids: Tensor, labels: Tensor, iterations: list[int]
-) -> Float[Tensor, "3 iteration pos"]:
-    """Loss, right answers and labels, summed over sequences."""
-    places = (labels.flatten() != IGNORED).nonzero().flatten()
-    targets, positions = labels.flatten()[places], places % labels.shape[1]
-    out: Any = model(
-        input_ids=input_ids.to(model.device),
-        use_cache=False,
-        read_iterations=iterations,
-        places=places.to(model.device),
-    )
-    sums = torch.zeros(3, len(iterations), labels.shape[1], dtype=torch.float64)
+@torch.no_grad()
+def totals(
+    model: LoopedTransformer, batch: TaskBatch, recurrences: Sequence[int]
+) -> Float[Tensor, "3 recurrences pos"]:
+    """Loss, right answers and labels at each position, summed over sequences; all from one forward.
+
+    Args:
+        model: The model, before it is opened.
+        batch: The sequences.
+        recurrences: Numbers of iterations after which the model is read.
+    """
+    places = (batch.labels.flatten() != IGNORED).nonzero().flatten()
+    targets, positions = batch.labels.flatten()[places], places % batch.labels.shape[1]
+    default, model.config.recurrences = model.config.recurrences, max(recurrences)
+    try:
+        out: Any = model(
+            input_ids=batch.input_ids.to(model.device),
+            use_cache=False,
+            read_iterations=[r - 1 for r in recurrences],
+            places=places.to(model.device),
+        )
+    finally:
+        model.config.recurrences = default
+    sums = torch.zeros(3, len(recurrences), batch.labels.shape[1], dtype=torch.float64)
     for i, logits in enumerate(out.iteration_logits.float().cpu()):
         sums[0, i].index_add_(0, positions, cross_entropy(logits, targets, reduction="none").double())
         sums[1, i].index_add_(0, positions, (logits.argmax(-1) == targets).double())
@@ -203,8 +207,7 @@ def _sums(
     return sums
 
 
-def _padded(tables: list[Tensor]) -> Iterator[Tensor]:
+def _padded(tables: list[Tensor]) -> list[Tensor]:
     """Tables with as many positions as the longest [... pos]."""
     longest = max(table.shape[-1] for table in tables)
-    for table in tables:
-        yield torch.nn.functional.pad(table, (0, longest - table.shape[-1]))
+    return [torch.nn.functional.pad(table, (0, longest - table.shape[-1])) for table in tables]

@@ -11,7 +11,7 @@ import pandas as pd
 
 from loop_lens.figures.canvas import new_figure
 from loop_lens.models.native.modeling import LoopedTransformer
-from loop_lens.training.recipes.measure import Measured
+from loop_lens.training.recipes.measure import Measurements
 from loop_lens.training.recipes.recipe import Recipe
 from loop_lens.training.result import TrainingResult
 
@@ -29,7 +29,7 @@ def write_card(
     folder: Path,
     recipe: Recipe,
     model: LoopedTransformer,
-    measured: Measured,
+    measured: Measurements,
     result: TrainingResult,
     seed: int,
 ) -> None:
@@ -60,7 +60,9 @@ def write_card(
     (folder / CARD).write_text(card(recipe, model, measured, training))
 
 
-def card(recipe: Recipe, model: LoopedTransformer, measured: Measured, training: Mapping[str, Any]) -> str:
+def card(
+    recipe: Recipe, model: LoopedTransformer, measured: Measurements, training: Mapping[str, Any]
+) -> str:
     """A model's card as Markdown."""
     n_parameters = sum(p.numel() for p in model.parameters())
     config: dict[str, Any] = {name: getattr(model.config, name) for name in _ARCHITECTURE}

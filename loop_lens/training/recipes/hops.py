@@ -8,7 +8,7 @@ from loop_lens.models.native.config import LoopedConfig
 from loop_lens.models.native.modeling import LoopedTransformer
 from loop_lens.training.config import TrainingConfig
 from loop_lens.training.curriculum import Curriculum
-from loop_lens.training.recipes.measure import Measured, measure_chain
+from loop_lens.training.recipes.measure import Measurements, measure_chain
 from loop_lens.training.recipes.recipe import Recipe
 from loop_lens.training.recurrences import Uniform
 
@@ -62,7 +62,7 @@ def training(seed: int) -> TrainingConfig:
     )
 
 
-def measure(trained: LoopedTransformer, of: Task) -> Measured:
+def measure(trained: LoopedTransformer, of: Task) -> Measurements:
     """Measure on sequences as users write them, with one query."""
     return measure_chain(trained, HopsTask())
 

@@ -14,16 +14,17 @@ from torch import Tensor
 
 from loop_lens.data.task import IGNORED, Task, TaskBatch
 from loop_lens.data.text import TextTask
+from loop_lens.lenses import exit_probabilities
 from loop_lens.models.native.modeling import LoopedTransformer
 from loop_lens.opening.entry import wrap
-from loop_lens.training.losses import exit_log_probabilities
+from loop_lens.training.evaluation import totals
 
 TEST_SEED = 10_000
 """Seed of the test batches; any number would do, but cards and tests must agree."""
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurements:
     """Measurements of a trained model.
 
     Attributes:
@@ -45,7 +46,6 @@ def held_out(task: Task, level: int, n: int) -> TaskBatch:
     return task.batch(n, level=level, generator=generator, split="test")
 
 
-@torch.no_grad()
 def accuracy_by_iteration(
     model: LoopedTransformer, batch: TaskBatch, recurrences: int, *, rows: int = 64
 ) -> Float[Tensor, "iteration answer"]:
@@ -57,18 +57,9 @@ def accuracy_by_iteration(
         recurrences: Number of iterations to run.
         rows: Sequences per forward.
     """
-    places = (batch.labels[0] != IGNORED).nonzero().flatten()
-    right = torch.zeros(recurrences, len(places))
-    kept, model.config.recurrences = model.config.recurrences, recurrences
-    try:
-        for ids, labels in zip(batch.input_ids.split(rows), batch.labels.split(rows), strict=True):
-            out = model(ids, use_cache=False, read_iterations=True)
-            assert out.iteration_logits is not None
-            named = out.iteration_logits[:, :, places].argmax(-1)
-            right += (named == labels[:, places]).sum(1)
-    finally:
-        model.config.recurrences = kept
-    return right / len(batch.labels)
+    every = range(1, recurrences + 1)
+    _, right, labels = torch.stack([totals(model, part, every) for part in batch.split(rows)]).sum(0)
+    return (right / labels)[:, batch.labels[0] != IGNORED].float()
 
 
 def relative_steps(model: LoopedTransformer, tokens: Tensor, recurrences: int) -> Float[Tensor, " iteration"]:
@@ -89,9 +80,8 @@ def _states(model: LoopedTransformer, tokens: Tensor, recurrences: int, *, seed:
     opened = wrap(copy.deepcopy(model), recurrences=recurrences)
     if model.config.initial_state == "noise":
         opened.initial_state = seed
-    names = [f"loop.{t}.hook_state_out" for t in range(recurrences)]
-    _, cache = opened.run_with_cache(tokens, names_filter=names)
-    return torch.stack([cache[name] for name in names])
+    _, cache = opened.run_with_cache(tokens, names_filter=opened.names("state_out"))
+    return cache.over_iterations("state_out")
 
 
 def measure_chain(
@@ -101,7 +91,7 @@ def measure_chain(
     beyond: Sequence[int] = (7, 8, 10, 16),
     most: int = 64,
     n: int = 512,
-) -> Measured:
+) -> Measurements:
     """Measure a model of a task whose levels are lengths of a chain of answers.
 
     Args:
@@ -158,7 +148,7 @@ def measure_chain(
             f"Mean over test sequences of the iteration at which the trained gate leaves, of {default}, and how "
             "often the answer is right there, by answer."
         )
-    return Measured(numbers, tables, notes)
+    return Measurements(numbers, tables, notes)
 
 
 @torch.no_grad()
@@ -167,7 +157,7 @@ def gate_table(model: LoopedTransformer, batch: TaskBatch) -> pd.DataFrame:
     places = (batch.labels[0] != IGNORED).nonzero().flatten()
     out = model(batch.input_ids, use_cache=False, read_iterations=True)
     assert out.exit_gate_logits is not None and out.iteration_logits is not None
-    p = exit_log_probabilities(out.exit_gate_logits[:, :, places]).exp()
+    p = exit_probabilities(out.exit_gate_logits[:, :, places])
     right = (out.iteration_logits[:, :, places].argmax(-1) == batch.labels[:, places]).float()
     iteration = torch.arange(1.0, len(p) + 1)[:, None, None]
     return pd.DataFrame(
@@ -192,7 +182,7 @@ def measure_text(
         "If the file does not exist,",
         "This is a",
     ),
-) -> Measured:
+) -> Measurements:
     """Measure a language model on the whole test split.
 
     Args:
@@ -205,19 +195,8 @@ def measure_text(
     assert isinstance(task, TextTask)
     default, batch = model.config.recurrences, task.windows("test")
     shown = [t for t in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64) if t <= most]
-    loss, right = torch.zeros(len(shown)), torch.zeros(len(shown))
-    try:
-        for i, recurrences in enumerate(shown):
-            model.config.recurrences = recurrences
-            for ids, labels in zip(batch.input_ids.split(rows), batch.labels.split(rows), strict=True):
-                logits = model(ids, use_cache=False).logits
-                loss[i] += torch.nn.functional.cross_entropy(
-                    logits.flatten(0, 1), labels.flatten(), reduction="sum"
-                )
-                right[i] += (logits.argmax(-1) == labels).sum()
-    finally:
-        model.config.recurrences = default
-    loss, right = loss / batch.labels.numel(), right / batch.labels.numel()
+    sums = torch.stack([totals(model, part, shown).sum(-1) for part in batch.split(rows)]).sum(0)
+    loss, right = sums[0] / sums[2], sums[1] / sums[2]
     tokens_per_byte = len(task.tokens["test"]) / task.bytes["test"]
     bits = loss / math.log(2) * tokens_per_byte
     table = pd.DataFrame({"iterations": shown, "loss": loss, "bits per byte": bits, "accuracy": right})
@@ -246,7 +225,7 @@ def measure_text(
         "before, relative to the state's norm; 16 test windows.",
     }
     samples = {prompt: continued(model, task, prompt) for prompt in prompts}
-    return Measured(numbers, dict(zip(titles, (table, settling), strict=True)), notes, samples)
+    return Measurements(numbers, dict(zip(titles, (table, settling), strict=True)), notes, samples)
 
 
 def continued(model: LoopedTransformer, task: Task, prompt: str, *, tokens: int = 24) -> str:

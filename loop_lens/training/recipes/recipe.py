@@ -14,7 +14,7 @@ from loop_lens.models.native.modeling import LoopedTransformer
 from loop_lens.training.config import TrainingConfig
 
 if TYPE_CHECKING:
-    from loop_lens.training.recipes.measure import Measured
+    from loop_lens.training.recipes.measure import Measurements
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Recipe:
     task: Callable[[], Task]
     model: Callable[[Task], LoopedConfig]
     training: Callable[[int], TrainingConfig]
-    measure: Callable[[LoopedTransformer, Task], Measured]
+    measure: Callable[[LoopedTransformer, Task], Measurements]
     text_licence: str | None = None
 
     def untrained(self, task: Task, seed: int) -> LoopedTransformer:
