@@ -17,8 +17,8 @@ from torch import Tensor
 
 from loop_lens.bridge.cache import LoopCache
 from loop_lens.bridge.model import HookedLoopedTransformer
+from loop_lens.demo.parts import head_page, largest, table_lines
 from loop_lens.dynamics import convergence
-from loop_lens.figures.attention import attention_page
 from loop_lens.interventions import transplant
 from loop_lens.lenses.readout import lens
 from loop_lens.opening.entry import boot
@@ -73,25 +73,21 @@ def table(
     rows: Iterable[Sequence[str]], right: Sequence[str], other: Sequence[str] | None = None
 ) -> Iterable[str]:
     """Answers per iteration as lines of text: right ones in brackets, those of another chain in < >."""
-    yield "  iteration " + "".join(f"{f'arrow {i + 1}':>9}" for i in range(len(right)))
-    for t, row in enumerate(rows):
-        cells = list[str]()
-        for i, answer in enumerate(row):
-            if answer == right[i]:
-                cells.append(f"[{answer}]")
-            elif other is not None and answer == other[i]:
-                cells.append(f"<{answer}>")
-            else:
-                cells.append(f" {answer} ")
-        yield f"  {t:>9} " + "".join(f"{cell:>9}" for cell in cells)
+
+    def cell(i: int, answer: str) -> str:
+        if answer == right[i]:
+            return f"[{answer}]"
+        return f"<{answer}>" if other is not None and answer == other[i] else f" {answer} "
+
+    columns = [f"arrow {i + 1}" for i in range(len(right))]
+    return table_lines(columns, ([cell(i, answer) for i, answer in enumerate(row)] for row in rows), width=9)
 
 
 def restless_head(cache: LoopCache, arrows: Sequence[int]) -> tuple[int, int]:
     """Layer and head of the loop whose attention from the arrows moves most over the iterations."""
     patterns = cache.grid("pattern")[:, :, 0][..., list(arrows), :]
     moved = (patterns[1:] - patterns[:-1]).norm(dim=-1).sum((0, -1))  # [layer head]
-    layer, head = divmod(int(moved.argmax()), moved.shape[1])
-    return layer, head
+    return largest(moved)
 
 
 def main(
@@ -164,13 +160,9 @@ def _report(
 
     _, cache = model.run_with_cache(tokens)
     layer, head = restless_head(cache, arrows)
-    page = attention_page(
-        cache.over_iterations("pattern", layer=layer)[:, 0, head],
-        words,
-        out / "attention_by_iteration.html",
-        title=f"Layer {layer}, head {head} of the loop, iteration by iteration",
-        text="The head whose attention from the arrows moves most over the iterations.",
-    )
+    title = f"Layer {layer}, head {head} of the loop, iteration by iteration"
+    text = "The head whose attention from the arrows moves most over the iterations."
+    page = head_page(cache, layer, head, words, out, title=title, text=text)
     say(
         f"\n4. Where the loop's most restless head (layer {layer}, head {head}) looks at each iteration: {page}"
     )

@@ -18,7 +18,7 @@ from transformer_lens.tools.analysis import logit_readout
 
 from loop_lens.bridge.cache import LoopCache
 from loop_lens.bridge.model import HookedLoopedTransformer
-from loop_lens.figures.attention import attention_page
+from loop_lens.demo.parts import head_page, largest, table_lines
 from loop_lens.interventions import LogitDiff, patch_sweep
 from loop_lens.opening.entry import loopify
 from loop_lens.shipped.smollm2 import load_smollm2
@@ -43,17 +43,15 @@ def lens_rows(model: HookedLoopedTransformer, cache: LoopCache, answer: int) -> 
 
 def grid_rows(grid: Tensor, first_layer: int) -> Iterable[str]:
     """A grid [iteration layer] as lines of text."""
-    yield "  iteration " + "".join(f"{first_layer + i:>7}" for i in range(grid.shape[1]))
-    for t, row in enumerate(grid):
-        yield f"  {t:>9} " + "".join(f"{value:>+7.2f}" for value in row.tolist())
+    columns = [str(first_layer + layer) for layer in range(grid.shape[1])]
+    return table_lines(columns, ([f"{value:+.2f}" for value in row.tolist()] for row in grid), width=7)
 
 
 def restless_head(cache: LoopCache) -> tuple[int, int]:
     """Layer and head whose pattern moves most between the first and the last iteration."""
     patterns = cache.grid("pattern")[:, :, 0]
     moved = (patterns[-1] - patterns[0]).norm(dim=(-2, -1))
-    layer, head = divmod(int(moved.argmax()), moved.shape[1])
-    return layer, head
+    return largest(moved)
 
 
 def main(
@@ -134,15 +132,9 @@ def _report(
         say("")
 
     layer, head = restless_head(cache)
-    patterns = cache.over_iterations("pattern", layer=layer)[:, 0, head]
     title = f"Layer {first + layer}, head {head}: {prompt!r}"
-    page = attention_page(
-        patterns,
-        words,
-        out / "attention_by_iteration.html",
-        title=title,
-        text="The head of the loop whose pattern moves most between the first and the last iteration.",
-    )
+    text = "The head of the loop whose pattern moves most between the first and the last iteration."
+    page = head_page(cache, layer, head, words, out, title=title, text=text)
     say(f"3. The head that moves most over the iterations, layer {first + layer} head {head}: {page}")
 
 
