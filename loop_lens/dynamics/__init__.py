@@ -10,9 +10,7 @@ from loop_lens.dynamics.limit_counts import LimitTable, LimitTableProbe, limit_t
 from loop_lens.dynamics.limits import (
     LIMIT_KINDS,
     LimitingBehaviour,
-    LimitingBehaviours,
     limiting_behaviour,
-    limiting_behaviours,
 )
 from loop_lens.dynamics.paths import PathIndependence, PathIndependenceProbe, path_independence
 from loop_lens.dynamics.projection import Trajectories, TrajectoriesProbe, trajectories
@@ -35,7 +33,6 @@ __all__ = [
     "LimitTable",
     "LimitTableProbe",
     "LimitingBehaviour",
-    "LimitingBehaviours",
     "PathIndependence",
     "PathIndependenceProbe",
     "StepGeometry",
@@ -51,7 +48,6 @@ __all__ = [
     "jensen_shannon",
     "limit_table",
     "limiting_behaviour",
-    "limiting_behaviours",
     "path_independence",
     "spectral_radius",
     "step_geometry",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loop_lens.bridge.model import HookedLoopedTransformer
-from loop_lens.dynamics.limits import LEAST, LIMIT_KINDS, Of, limiting_behaviours, several
+from loop_lens.dynamics.limits import LEAST, LIMIT_KINDS, Of, limiting_behaviour, several
 from loop_lens.dynamics.states import Column, StateProbe, tidy
 from loop_lens.figures.canvas import new_figure
 from loop_lens.measuring.processes import shared
@@ -195,14 +195,14 @@ class LimitTableProbe(StateProbe):
         for a, n in enumerate(self.n):
             one = self._series[0] if self.reference else self._series[a]
             values = one[: n if self.reference else n - 1, :, self.mask].permute(1, 2, 0)
-            found = limiting_behaviours(values, self.tau, self.rho, of=self.of)
-            kinds = torch.nn.functional.one_hot(found.kind, len(LIMIT_KINDS))  # tau rho layer token kind
+            found = limiting_behaviour(values, self.tau, self.rho, of=self.of)
+            kinds = torch.nn.functional.one_hot(found.code, len(LIMIT_KINDS))  # tau rho layer token kind
             self._counts[a] += kinds.sum(-2).cpu()
             orbits, sliders = kinds[..., 1].double(), kinds[..., 2].double()
             sums = (orbits * found.frequency, orbits * found.amplitude, sliders * found.gradient)
             self._sums[a] += torch.stack([each.sum(-1) for each in sums], -1).cpu()
             if a == 0:
-                first = found.kind[0, 0]
+                first = found.code[0, 0]
                 layer, token = first.nonzero(as_tuple=True)
                 columns = {
                     "prompt": torch.tensor(self._index, device=token.device)[prompt[token]],

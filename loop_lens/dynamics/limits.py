@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -22,104 +23,86 @@ LEAST = 4
 
 
 @dataclass(frozen=True)
-class LimitingBehaviour:
-    """The limiting behaviour of one series, with what decided it.
-
-    Attributes:
-        kind: ``"fixed point"``, ``"orbit"``, ``"slider"`` or ``"unknown"``.
-        settled: Share of values within tau of the limit.
-        frequency: Of the strongest oscillation, in cycles per iteration.
-        amplitude: Of that oscillation.
-        gradient: Slope towards the final state, per iteration.
-    """
-
-    kind: Kind
-    settled: float
-    frequency: float
-    amplitude: float
-    gradient: float
-
-
-@dataclass(frozen=True)
-class LimitingBehaviours(Result):
-    """The limiting behaviour of many series, at each pair of thresholds.
+class LimitingBehaviour(Result):
+    """Where series go, with what decided it: of one series, or of many at one or several thresholds.
 
     Attributes:
         tau: The tolerances.
         rho: The shares.
-        kind: Index into `LIMIT_KINDS` [tau rho *series].
-        settled: Share of values within tau of the limit [tau *series].
+        code: Each series' kind, as its place in `LIMIT_KINDS` [*tau *rho *series]. The dimensions of ``tau`` and
+            ``rho`` are there if several were given.
+        settled: Share of values within tau of the limit [*tau *series].
         frequency: Of the strongest oscillation, in cycles per iteration [*series].
         amplitude: Of that oscillation [*series].
         gradient: Slope towards the final state, per iteration [*series].
+
+    Example:
+        >>> from loop_lens.dynamics import limiting_behaviour
+        >>> cosines = torch.stack([torch.ones(12), torch.linspace(0, 0.5, 12)])
+        >>> found = limiting_behaviour(cosines, tau=(0.05, 0.1))
+        >>> found.kind[0].tolist()
+        ['fixed point', 'slider']
+        >>> found.to_dataframe().groupby("tau").settled.max().tolist()
+        [1.0, 1.0]
     """
 
     tau: tuple[float, ...]
     rho: tuple[float, ...]
-    kind: Tensor
+    code: Tensor
     settled: Tensor
     frequency: Tensor
     amplitude: Tensor
     gradient: Tensor
 
+    @property
+    def kind(self) -> Any:
+        """The kinds by name, an array as `code` is; of one series at one pair of thresholds the name itself."""
+        return np.array(LIMIT_KINDS, dtype=object)[self.code.cpu().numpy()]
+
     def to_dataframe(self) -> pd.DataFrame:
         """One row per pair of thresholds and series (numbered from 0, last dimension fastest)."""
         flat = {n: getattr(self, n).flatten().tolist() for n in ("frequency", "amplitude", "gradient")}
+        n_series = len(flat["gradient"])
+        code = self.code.reshape(len(self.tau), len(self.rho), n_series)
+        settled = self.settled.reshape(len(self.tau), n_series)
         tables: list[pd.DataFrame] = []
         for (i, tau), (j, rho) in itertools.product(enumerate(self.tau), enumerate(self.rho)):
-            kinds = [LIMIT_KINDS[k] for k in self.kind[i, j].flatten().tolist()]
-            settled = self.settled[i].flatten().tolist()
-            own = {"tau": tau, "rho": rho, "series": range(len(kinds)), "kind": kinds, "settled": settled}
-            tables.append(pd.DataFrame(own | flat))
+            kinds = [LIMIT_KINDS[k] for k in code[i, j].tolist()]
+            own = {"tau": tau, "rho": rho, "series": range(n_series), "kind": kinds}
+            tables.append(pd.DataFrame({**own, "settled": settled[i].tolist(), **flat}))
         return pd.concat(tables, ignore_index=True)
 
 
 def limiting_behaviour(
-    series: Float[Tensor, " iteration"], tau: float = 0.05, rho: float = 0.9, *, of: Of = "cosine"
-) -> LimitingBehaviour:
-    """Classify one token's series at one layer.
-
-    Args:
-        series: Cosine to the final state (or norm of the difference from it) per iteration, the final
-            iteration left out [iteration].
-        tau: How close to the final state counts as settled; half of it is the least amplitude of an orbit.
-        rho: Share of iterations that must be settled for a fixed point.
-        of: Whether the series holds cosines or norms.
-
-    Raises:
-        ValueError: If the series is shorter than 4 or holds NaN or infinity.
-
-    Source:
-        arXiv 2604.11791, Algorithm 1: first match of fixed point, orbit (amplitude at least tau/2, at
-        least two cycles), slider (gradient above tau/n), unknown; amplitude 4/n times the largest bin of
-        the Hann-windowed, detrended spectrum without its constant.
-    """
-    found = limiting_behaviours(torch.as_tensor(series).flatten(), tau, rho, of=of)
-    kind = LIMIT_KINDS[int(found.kind[0, 0])]
-    values = (found.settled[0], found.frequency, found.amplitude, found.gradient)
-    return LimitingBehaviour(kind, *(float(value) for value in values))
-
-
-def limiting_behaviours(
     series: Float[Tensor, "*series iteration"],
     tau: float | Sequence[float] = 0.05,
     rho: float | Sequence[float] = 0.9,
     *,
     of: Of = "cosine",
-) -> LimitingBehaviours:
-    """Classify many series at once, at one or several pairs of thresholds.
+) -> LimitingBehaviour:
+    """Classify series, such as those of tokens at one layer, at one or several pairs of thresholds.
 
     Args:
-        series: As for `limiting_behaviour`, e.g. [token iteration].
-        tau: One tolerance, or several.
-        rho: One share, or several.
+        series: Cosine to the final state (or norm of the difference from it) per iteration, the final
+            iteration left out: one series [iteration], or many, e.g. [token iteration].
+        tau: How close to the final state counts as settled; half of it is the least amplitude of an orbit.
+        rho: Share of iterations that must be settled for a fixed point.
         of: Whether the series hold cosines or norms.
 
     Raises:
         ValueError: If the series are shorter than 4 or hold NaN or infinity.
 
     Source:
-        arXiv 2604.11791, Algorithm 1.
+        arXiv 2604.11791, Algorithm 1: first match of fixed point, orbit (amplitude at least tau/2, at
+        least two cycles), slider (gradient above tau/n), unknown; amplitude 4/n times the largest bin of
+        the Hann-windowed, detrended spectrum without its constant.
+
+    Example:
+        >>> from loop_lens.dynamics import limiting_behaviour
+        >>> t = torch.arange(40)
+        >>> found = limiting_behaviour(0.5 + 0.3 * torch.cos(0.2 * torch.pi * t))
+        >>> found.kind, round(float(found.frequency), 3)  # a tenth of a cycle per iteration
+        ('orbit', 0.1)
     """
     s = torch.as_tensor(series).double()
     n = s.shape[-1] if s.ndim else 0
@@ -139,13 +122,16 @@ def limiting_behaviours(
     frequency, amplitude = (k + 1).double() / n, 4 * peak / n
     gradient = slope[..., 0] if of == "cosine" else -slope[..., 0]
     settled = torch.stack([(s >= 1 - a if of == "cosine" else s <= a).double().mean(-1) for a in taus])
-    kinds: list[Tensor] = []
+    codes: list[Tensor] = []
     for a, near in zip(taus, settled, strict=True):
         orbits = (amplitude >= a / 2) & (frequency >= 2 / n)
         moving = torch.where(orbits, 1, torch.where(gradient > a / n, 2, 3))
-        kinds += [torch.where(near >= share, 0, moving) for share in rhos]
-    kind = torch.stack(kinds).unflatten(0, (len(taus), len(rhos)))
-    return LimitingBehaviours(taus, rhos, kind, settled, frequency, amplitude, gradient)
+        codes += [torch.where(near >= share, 0, moving) for share in rhos]
+    code = torch.stack(codes).unflatten(0, (len(taus), len(rhos)))
+    one_tau, one_rho = isinstance(tau, int | float), isinstance(rho, int | float)
+    code = code[:, 0] if one_rho else code
+    code, settled = (code[0], settled[0]) if one_tau else (code, settled)
+    return LimitingBehaviour(taus, rhos, code, settled, frequency, amplitude, gradient)
 
 
 def several(values: float | Sequence[float]) -> tuple[float, ...]:

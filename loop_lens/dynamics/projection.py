@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import pandas as pd
 import torch
@@ -15,9 +15,9 @@ from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics.states import STATE, Column, StateProbe, tidy
 from loop_lens.figures.canvas import new_figure
 from loop_lens.measuring.processes import shared
-from loop_lens.measuring.results import Result
+from loop_lens.measuring.results import Result, merged
 from loop_lens.measuring.run import measure
-from loop_lens.prompts.reader import Batch
+from loop_lens.prompts.reader import Batch, device_of
 from loop_lens.unrolling.sites import Site
 from loop_lens.unrolling.tree import Iteration
 
@@ -124,36 +124,16 @@ class Trajectories(Result):
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """The chosen states of some prompts, and the spread of all their states."""
-
-    index: Tensor
-    position: Tensor
-    states: Tensor
-    scatter: tuple[Scatter, ...]
-
-    def merge(self, other: _Kept) -> _Kept:
-        index = torch.cat([self.index, other.index])
-        order = index.argsort()
-        return _Kept(
-            index[order],
-            torch.cat([self.position, other.position])[order],
-            torch.cat([self.states, other.states])[order],
-            tuple(a.merge(b) for a, b in zip(self.scatter, other.scatter, strict=True)),
-        )
-
-
-@dataclass(frozen=True)
-class Scatter:
-    """Number, mean and scatter matrix of vectors; those of parts merge exactly.
+class Scatter(Result):
+    """Number, mean and scatter matrix of vectors, perhaps of several groups; those of parts merge exactly.
 
     Attributes:
-        count: How many vectors.
-        mean: [d_model], in float64.
-        scatter: The sum of outer products of differences from the mean [d_model d_model], in float64.
+        count: How many vectors [*group].
+        mean: [*group d_model], in float64.
+        scatter: The sum of outer products of differences from the mean [*group d_model d_model], in float64.
     """
 
-    count: int
+    count: Tensor
     mean: Tensor
     scatter: Tensor
 
@@ -162,17 +142,76 @@ class Scatter:
         """Of some vectors."""
         wide = x.double()
         mean = wide.mean(0)
-        return cls(len(x), mean, (wide - mean).T @ (wide - mean))
+        return cls(torch.tensor(len(x), device=x.device), mean, (wide - mean).T @ (wide - mean))
 
-    def merge(self, other: Scatter) -> Scatter:
+    def merge(self, other: Self) -> Self:
         """Of both parts' vectors."""
-        if self.count == 0 or other.count == 0:
-            return other if self.count == 0 else self
-        count = self.count + other.count
+        count, one, two = self.count + other.count, self.count.double(), other.count.double()
         apart = other.mean - self.mean
-        between = torch.outer(apart, apart) * (self.count * other.count / count)
-        mean = self.mean + apart * (other.count / count)
-        return Scatter(count, mean, self.scatter + other.scatter + between)
+        mean = self.mean + apart * (two / count.clamp_min(1))[..., None]
+        outer = apart[..., :, None] * apart[..., None, :]
+        between = outer * (one * two / count.clamp_min(1))[..., None, None]
+        return replace(self, count=count, mean=mean, scatter=self.scatter + other.scatter + between)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per group: how many vectors, and their variance summed over directions."""
+        variance = self.scatter.diagonal(dim1=-2, dim2=-1).sum(-1) / (self.count - 1)
+        return pd.DataFrame({"count": self.count.reshape(-1), "variance": variance.reshape(-1)})
+
+
+@dataclass(frozen=True)
+class KeptStates(Result):
+    """The chosen states of some prompts, and the spread of all their states.
+
+    Attributes:
+        segment: The loop.
+        iterations: Its iterations, in order.
+        layers: The layers that were chosen, perhaps with ``"state"``.
+        fit: Whether the layers' states are one cloud, ``"joint"``, or one each, ``"layer"``.
+        scatter: Of the states at all positions, of each cloud; None without.
+        prompt: Each prompt's place among those given [prompt].
+        position: The position that was chosen [prompt].
+        states: [prompt iteration layer d_model].
+    """
+
+    segment: str
+    iterations: tuple[Iteration, ...]
+    layers: tuple[Column, ...]
+    fit: Fit
+    scatter: Scatter | None
+    prompt: Tensor = merged("append")
+    position: Tensor = merged("append")
+    states: Tensor = merged("append")
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per prompt."""
+        return pd.DataFrame({"prompt": self.prompt.tolist(), "position": self.position.tolist()})
+
+    def project(self, components: int) -> Trajectories:
+        """The states in the directions in which they (or the states at all positions) vary most.
+
+        Raises:
+            ValueError: If there are fewer directions than components.
+        """
+        order = self.prompt.argsort()
+        states = self.states[order].double()
+        groups = states.transpose(0, 2)  # layer iteration prompt d_model
+        groups = groups.reshape(len(self.layers) if self.fit == "layer" else 1, -1, groups.shape[-1])
+        if self.scatter is None:
+            fitted = [_fit(cloud, components) for cloud in groups]
+        else:
+            fitted = [
+                _fit_scatter(int(count), mean, scatter, components)
+                for count, mean, scatter in zip(
+                    self.scatter.count, self.scatter.mean, self.scatter.scatter, strict=True
+                )
+            ]
+        mean, axes, variance, explained = (torch.stack(each) for each in zip(*fitted, strict=True))
+        per_layer = axes.expand(len(self.layers), -1, -1)
+        coordinates = torch.einsum("pild,lcd->pilc", states - mean[None, None], per_layer)
+        places = (self.prompt[order], self.position[order])
+        of = (self.segment, self.iterations, self.layers, self.fit)
+        return Trajectories(*of, *places, coordinates, mean, axes, variance, explained)
 
 
 class TrajectoriesProbe(StateProbe):
@@ -208,12 +247,15 @@ class TrajectoriesProbe(StateProbe):
             raise ValueError(f"{which}: {self.segment!r} has layers 0-{self.n_layers - 1} and {STATE!r}")
         self._place = {self.columns.index(layer): k for k, layer in enumerate(self.layers)}
         self._position, self._fit, self._over = position, fit, over
-        self._kept: list[_Kept] = []
-        d = int(model.cfg.d_model)
-        groups = 1 if fit == "joint" else len(self.layers)
-        empty = Scatter(0, torch.zeros(0), torch.zeros(0))
-        self._scatter = [empty] * (groups if over == "tokens" else 0)
-        self._shape = (len(self.iterations), len(self.layers), d)
+        self._shape = (len(self.iterations), len(self.layers), int(model.cfg.d_model))
+        none = torch.zeros(0, dtype=torch.int64)
+        self._kept = [(none, none, torch.zeros(0, *self._shape))]  # prompt, position, states of each batch
+        self._scatter: list[Scatter] = []
+        if over == "tokens":
+            zero = torch.zeros((), dtype=torch.float64, device=device_of(model))
+            d = self._shape[-1]
+            empty = Scatter(zero.long(), zero.expand(d), zero.expand(d, d))
+            self._scatter = [empty] * (1 if fit == "joint" else len(self.layers))
 
     def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
         """Find the position in each prompt."""
@@ -248,16 +290,20 @@ class TrajectoriesProbe(StateProbe):
     def end(self) -> None:
         """Finish a batch."""
         self.require_finite(self._finite)
-        self._kept.append(_Kept(torch.tensor(self._index), self._where.cpu(), self._states, ()))
+        self._kept.append((torch.tensor(self._index), self._where.cpu(), self._states))
 
-    def kept(self) -> _Kept:
-        """What was kept so far, in the order of prompts."""
-        none = torch.zeros(0, dtype=torch.int64)
-        whole = _Kept(none, none, torch.zeros(0, *self._shape), ())
-        for part in self._kept:
-            whole = whole.merge(part)
-        scatter = tuple(Scatter(s.count, s.mean.cpu(), s.scatter.cpu()) for s in self._scatter)
-        return _Kept(whole.index, whole.position, whole.states, scatter)
+    def kept(self) -> KeptStates:
+        """What was kept so far, by this process."""
+        scatter = None
+        if self._scatter:
+            fields = zip(*((each.count, each.mean, each.scatter) for each in self._scatter), strict=True)
+            scatter = Scatter(*(torch.stack(each).cpu() for each in fields))
+        about = (self.segment, self.iterations, self.layers, self._fit)
+        return KeptStates(*about, scatter, *map(torch.cat, zip(*self._kept, strict=True)))
+
+    def result(self, components: int = 3) -> Trajectories:
+        """What was kept so far, by this process, in its first components."""
+        return self.kept().project(components)
 
 
 def trajectories(
@@ -307,49 +353,38 @@ def trajectories(
         )
     probe = TrajectoriesProbe(model, position=position, layers=layers, segment=segment, fit=fit, over=over)
     measure(model, prompts, [probe], batch_size=batch_size, progress=progress, what="trajectories")
-    kept = shared(probe.kept())
-    groups = kept.states.double().transpose(0, 2)  # layer iteration prompt d_model
-    groups = groups.reshape(len(probe.layers) if fit == "layer" else 1, -1, groups.shape[-1])
-    fitted = [
-        _fit(kept.scatter[g] if over == "tokens" else states, components) for g, states in enumerate(groups)
-    ]
-    mean, axes, variance, explained = (torch.stack(each) for each in zip(*fitted, strict=True))
-    centred = kept.states.double() - mean[None, None]
-    per_layer = axes.expand(len(probe.layers), -1, -1)
-    coordinates = torch.einsum("pild,lcd->pilc", centred, per_layer)
-    return Trajectories(
-        probe.segment,
-        probe.iterations,
-        probe.layers,
-        fit,
-        kept.index,
-        kept.position,
-        coordinates,
-        mean,
-        axes,
-        variance,
-        explained,
-    )
+    return shared(probe.kept()).project(components)
 
 
-def _fit(cloud: Tensor | Scatter, components: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean, directions, variances and their shares; of vectors, or of their scatter."""
-    count, d = (cloud.count, len(cloud.mean)) if isinstance(cloud, Scatter) else cloud.shape
+def _fit(cloud: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean, directions, variances and their shares of vectors [vector d_model]."""
+    _require_components(components, *cloud.shape)
+    mean = cloud.mean(0)
+    _, singular, axes = torch.linalg.svd(cloud - mean, full_matrices=False)
+    return mean, *_leading(axes, singular**2, len(cloud), components)
+
+
+def _fit_scatter(
+    count: int, mean: Tensor, scatter: Tensor, components: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same of vectors of which only mean and scatter are known."""
+    _require_components(components, count, len(mean))
+    values, vectors = torch.linalg.eigh(scatter)
+    return mean, *_leading(vectors.flip(1).T, values.flip(0).clamp_min(0), count, components)
+
+
+def _require_components(components: int, count: int, d: int) -> None:
     most = min(count - 1, d)
     if not 1 <= components <= most:
         raise ValueError(
             f"components={components} is not between 1 and {most}: {count} states of {d} numbers"
         )
-    if isinstance(cloud, Scatter):
-        mean = cloud.mean
-        values, vectors = torch.linalg.eigh(cloud.scatter)
-        squares, axes = values.flip(0).clamp_min(0), vectors.flip(1).T
-    else:
-        mean = cloud.mean(0)
-        _, singular, axes = torch.linalg.svd(cloud - mean, full_matrices=False)
-        squares = singular**2
+
+
+def _leading(axes: Tensor, squares: Tensor, count: int, components: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first directions, their largest entry positive, with variances and their shares of the whole."""
     axes = axes[:components]
     largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
     variance = squares / (count - 1)
     share = variance / variance.sum().clamp_min(torch.finfo(torch.float64).tiny)
-    return mean, axes * largest.sign(), variance[:components], share[:components]
+    return axes * largest.sign(), variance[:components], share[:components]

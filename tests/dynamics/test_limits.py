@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loop_lens.dynamics import LIMIT_KINDS, LimitingBehaviours, limiting_behaviour, limiting_behaviours
+from loop_lens.dynamics import LIMIT_KINDS, LimitingBehaviour, limiting_behaviour
 
 
 def by_hand(s: list[float], tau: float, rho: float, of: str) -> tuple[str, float, float, float]:
@@ -60,15 +60,15 @@ def many(of: str, n: int) -> Tensor:
 def test_many_series_and_thresholds_at_once(of: Literal["cosine", "norm"], n: int) -> None:
     series = many(of, n)
     taus, rhos = (0.05, 0.2), (0.9, 0.5, 0.99)
-    found = limiting_behaviours(series, taus, rhos, of=of)
-    assert found.kind.shape == (2, 3, 5, 12)
+    found = limiting_behaviour(series, taus, rhos, of=of)
+    assert found.code.shape == (2, 3, 5, 12)
     seen: set[str] = set()
     for i, tau in enumerate(taus):
         for j, rho in enumerate(rhos):
             for a in range(5):
                 for b in range(12):
                     kind, *values = by_hand(series[a, b].tolist(), tau, rho, of)
-                    assert LIMIT_KINDS[int(found.kind[i, j, a, b])] == kind
+                    assert LIMIT_KINDS[int(found.code[i, j, a, b])] == found.kind[i, j, a, b] == kind
                     mine = [float(v[a, b]) for v in (found.frequency, found.amplitude, found.gradient)]
                     assert mine[1:] == pytest.approx(values[1:], abs=1e-9)
                     if values[1] > 1e-9:  # a straight line has no frequency but rounding's
@@ -76,24 +76,24 @@ def test_many_series_and_thresholds_at_once(of: Literal["cosine", "norm"], n: in
                     seen.add(kind)
     assert seen == set(LIMIT_KINDS)
     one = limiting_behaviour(series[1, 3], 0.2, 0.5, of=of)
-    assert one.kind == LIMIT_KINDS[int(found.kind[1, 1, 1, 3])] and one.amplitude == float(
+    assert one.kind == LIMIT_KINDS[int(found.code[1, 1, 1, 3])] and one.amplitude == float(
         found.amplitude[1, 3]
     )
 
 
 def test_the_table_and_the_file(tmp_path: Path) -> None:
-    found = limiting_behaviours(many("cosine", 20)[:, :2], tau=(0.05, 0.1))
+    found = limiting_behaviour(many("cosine", 20)[:, :2], tau=(0.05, 0.1))
     table = found.to_dataframe()
     assert len(table) == 20 and set(table.tau) == {0.05, 0.1} and set(table.rho) == {0.9}
-    assert table.kind[13] == LIMIT_KINDS[int(found.kind[1, 0].flatten()[3])]
+    assert table.kind[13] == LIMIT_KINDS[int(found.code[1].flatten()[3])]
     found.save(tmp_path / "kinds")
-    assert torch.equal(LimitingBehaviours.load(tmp_path / "kinds").kind, found.kind)
+    assert torch.equal(LimitingBehaviour.load(tmp_path / "kinds").code, found.code)
 
 
 def test_bad_series() -> None:
     with pytest.raises(ValueError, match="has 3 values: give at least 4"):
-        limiting_behaviours(torch.ones(7, 3))
+        limiting_behaviour(torch.ones(7, 3))
     with pytest.raises(ValueError, match="of='angle' is unknown"):
-        limiting_behaviours(torch.ones(7, 8), of="angle")  # type: ignore[arg-type]
+        limiting_behaviour(torch.ones(7, 8), of="angle")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="NaN or infinity"):
-        limiting_behaviours(torch.full((2, 9), math.inf))
+        limiting_behaviour(torch.full((2, 9), math.inf))

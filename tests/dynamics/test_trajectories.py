@@ -124,8 +124,8 @@ def test_parts_that_processes_keep_merge_to_the_whole() -> None:
 
     whole, merged = kept(slice(None)), kept(slice(0, 2)).merge(kept(slice(2, 4)))
     assert sorted(merged.position.tolist()) == sorted(whole.position.tolist())
-    assert torch.allclose(merged.scatter[0].scatter, whole.scatter[0].scatter, rtol=1e-5, atol=1e-4)
-    assert merged.scatter[0].count == whole.scatter[0].count == 15 * 5 * 2
+    assert torch.allclose(merged.scatter.scatter[0], whole.scatter.scatter[0], rtol=1e-5, atol=1e-4)
+    assert merged.scatter.count.tolist() == whole.scatter.count.tolist() == [15 * 5 * 2]
 
 
 def test_the_table_the_pictures_and_the_file(tmp_path: Path) -> None:
