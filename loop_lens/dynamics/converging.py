@@ -33,6 +33,15 @@ class Convergence(LoopMeasured):
         segment: The loop.
         reference: The number of iterations whose last states the distances are to, None without.
         moments: Of each metric, over tokens (or prompts, or heads) [iteration layer].
+
+    Example:
+        >>> from loop_lens.dynamics import convergence
+        >>> found = convergence(model, prompts, reference=32, progress=False)
+        >>> found.mean("cosine")[-1].tolist()  # to the states after 32 iterations, by layer
+        [0.999..., 0.999...]
+        >>> found.to_dataframe().shape[0], found.layers  # a row per iteration and layer
+        (16, (0, 1))
+        >>> figure = found.plot("relative_step")
     """
 
     segment: str
@@ -70,6 +79,14 @@ class ConvergenceProbe(LoopProbe):
 
     Raises:
         ValueError: If the loop runs once only, or states are kept for a reference beyond what runs.
+
+    Example:
+        >>> from loop_lens.dynamics import ConvergenceProbe
+        >>> from loop_lens.measuring import measure
+        >>> probe = ConvergenceProbe(model, patterns=False)
+        >>> measure(model, prompts, [probe], progress=False)
+        >>> probe.result().metrics
+        ('norm', 'floor', 'step', 'relative_step', 'step_cosine', 'matrix_step')
     """
 
     def __init__(
@@ -228,6 +245,12 @@ def convergence(
 
     Source:
         arXiv 2604.11791, M1 to M6 and M9; the relative step and the floor are additions.
+
+    Example:
+        >>> from loop_lens.dynamics import convergence
+        >>> found = convergence(model, prompts, reference=32, progress=False)
+        >>> [round(step, 2) for step in found.mean("relative_step")[:, 1].tolist()]  # of layer 1
+        [nan, 0.66, 0.44, 0.31, 0.2, 0.12, 0.1, 0.07]
     """
     probe = ConvergenceProbe(model, reference=reference, patterns=patterns, segment=segment, keep=keep)
     measure(

@@ -1,4 +1,4 @@
-"""What the model says after any number of iterations, and beyond those it was trained with."""
+"""What the model predicts after any number of iterations, and beyond those it was trained with."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from loop_lens.prompts.reader import Batch
 from loop_lens.unrolling.sites import Site
 from loop_lens.unrolling.tree import Iteration
 
-SAID = ("loss", "accuracy", "kl", "entropy", "agreement")
+METRICS = ("loss", "accuracy", "kl", "entropy", "agreement")
 RECURRENCES = (1, 2, 4, 8, 16, 32, 64)
 IGNORED = -100
 _MOVES = ("norm", "step", "relative_step", "step_cosine")
@@ -33,12 +33,19 @@ _MOVES = ("norm", "step", "relative_step", "step_cosine")
 
 @dataclass(frozen=True)
 class Extrapolation(Measured):
-    """What a model says after R iterations.
+    """What a model predicts after R iterations, for several R.
 
     Attributes:
         trained: The number of iterations that the model was made for; the reference of ``kl`` and ``agreement``.
         moments: Of each metric, over labelled tokens [recurrences].
         convergence: How the loop's own states move in the same run, None where every R needs a run of its own.
+
+    Example:
+        >>> from loop_lens.dynamics import extrapolate
+        >>> found = extrapolate(model, prompts, recurrences=(4, 8, 16), progress=False)
+        >>> found.trained, found.to_dataframe().beyond.tolist()
+        (8, [False, False, True])
+        >>> figure = found.plot(("loss", "kl"))
     """
 
     trained: int
@@ -78,13 +85,21 @@ class Extrapolation(Measured):
 
 
 class ExtrapolationProbe(Probe):
-    """Measures what `Extrapolation` says, in a run of `loop_lens.measuring.measure`.
+    """Measures the predictions of `Extrapolation` in a run of `loop_lens.measuring.measure`.
 
     Args:
         model: The model, at the largest R or the reference, whichever is more.
         recurrences: Which R, in order.
         trained: The reference.
         labels: As in `extrapolate`.
+
+    Example:
+        >>> from loop_lens.dynamics import ExtrapolationProbe
+        >>> from loop_lens.measuring import measure
+        >>> probe = ExtrapolationProbe(model, recurrences=(2, 8), trained=8)
+        >>> measure(model, prompts, [probe], progress=False)
+        >>> probe.result().mean("agreement")[-1].item()  # with itself
+        1.0
     """
 
     hooks = ("state_out",)
@@ -94,7 +109,7 @@ class ExtrapolationProbe(Probe):
     ) -> None:
         self._model, self._labels, self.trained = model, labels, trained
         self._at = {r: i for i, r in enumerate(recurrences)}
-        self._collector = Collector(SAID, {"recurrences": recurrences})
+        self._collector = Collector(METRICS, {"recurrences": recurrences})
         self._loop = model.schedule.main_loop
         self._after: dict[Iteration, int] = {r - 1: r for r in (*recurrences, trained)}
         self._pending: list[tuple[int, Tensor, Site]] = []
@@ -136,10 +151,10 @@ class ExtrapolationProbe(Probe):
         ended = self._model.body.enter_coda(state)[self.mask]
         return read_stream(self._model, ended, normed=is_normed(self._model, at))
 
-    def compare(self, recurrences: int, said: Float[Tensor, "token vocab"]) -> None:
-        """Compare what is said at the labelled positions; the reference comes first."""
+    def compare(self, recurrences: int, logits: Float[Tensor, "token vocab"]) -> None:
+        """Compare the logits of the labelled positions with the reference's, which come first."""
         if recurrences == self.trained:
-            self._reference = said.float().log_softmax(-1)
+            self._reference = logits.float().log_softmax(-1)
             if bool(self._reference.isnan().any()):
                 raise DivergedError(
                     f"what is said after {self.trained} iterations is NaN, and everything is compared with it: give "
@@ -149,8 +164,8 @@ class ExtrapolationProbe(Probe):
         if cell is None:
             return
         assert self._reference is not None, "the reference is read first"
-        values = _compared(said, self._right[self.mask], self._reference)
-        wide = values.new_zeros(len(SAID), *self.mask.shape)
+        values = _compared(logits, self._right[self.mask], self._reference)
+        wide = values.new_zeros(len(METRICS), *self.mask.shape)
         wide[:, self.mask] = values
         self._collector.put(slice(None), (cell,), wide, self.mask)
 
@@ -159,9 +174,9 @@ class ExtrapolationProbe(Probe):
         self._pending, self._reference = [], None
         self._collector.end()
 
-    def moments(self) -> Moments:
-        """What was measured so far, by this process."""
-        return self._collector.moments()
+    def result(self, convergence: Convergence | None = None) -> Extrapolation:
+        """What was measured so far, by this process; with what another probe measured of the states."""
+        return Extrapolation(self.trained, self._collector.moments(), convergence)
 
 
 def _compared(
@@ -169,21 +184,23 @@ def _compared(
     right: Int[Tensor, " token"],
     reference: Float[Tensor, "token vocab"],
 ) -> Float[Tensor, "metric token"]:
-    """The metrics of `SAID`, a few rows at a time."""
-    found = torch.zeros(len(SAID), len(logits), device=logits.device)
+    """The metrics of `METRICS`, a few rows at a time."""
+    metrics = torch.zeros(len(METRICS), len(logits), device=logits.device)
     size = max(1, CHUNK // (4 * logits.shape[-1]))
     for start in range(0, len(logits), size):
         rows = slice(start, start + size)
-        said, expected = logits[rows].float().log_softmax(-1), reference[rows]
-        top = said.argmax(-1)
-        found[0, rows] = -said.gather(-1, right[rows, None]).squeeze(-1)
-        found[1, rows] = (top == right[rows]).float()
+        logprobs, expected = logits[rows].float().log_softmax(-1), reference[rows]
+        top = logprobs.argmax(-1)
+        metrics[0, rows] = -logprobs.gather(-1, right[rows, None]).squeeze(-1)
+        metrics[1, rows] = (top == right[rows]).float()
         # 0 log 0 is 0: a token that a logit of minus infinity rules out.
-        found[2, rows] = (expected.exp() * (expected - said)).masked_fill(expected == -torch.inf, 0.0).sum(-1)
-        found[3, rows] = -(said.exp() * said).masked_fill(said == -torch.inf, 0.0).sum(-1)
-        found[4, rows] = (top == expected.argmax(-1)).float()
-    found[2].clamp_min_(0)
-    return found
+        metrics[2, rows] = (
+            (expected.exp() * (expected - logprobs)).masked_fill(expected == -torch.inf, 0.0).sum(-1)
+        )
+        metrics[3, rows] = -(logprobs.exp() * logprobs).masked_fill(logprobs == -torch.inf, 0.0).sum(-1)
+        metrics[4, rows] = (top == expected.argmax(-1)).float()
+    metrics[2].clamp_min_(0)
+    return metrics
 
 
 def _labels_of(batch: Batch, labels: Any) -> Int[Tensor, "prompt pos"]:
@@ -235,7 +252,7 @@ def extrapolate(
     batch_size: int = 8,
     progress: bool = True,
 ) -> Extrapolation:
-    """Measure what a model says against the number of iterations.
+    """Measure what a model predicts, against the number of iterations.
 
     Per labelled token: ``loss``, the negative log probability of the right token in nats; ``accuracy``, whether it is
     the most likely one; ``entropy`` in nats; ``kl``, KL(trained || R) in nats, and ``agreement`` of the most likely
@@ -262,6 +279,12 @@ def extrapolate(
 
     Source:
         Read-outs by the coda: arXiv 2507.02199; accuracy against iterations: arXiv 2502.05171 and 2510.25741.
+
+    Example:
+        >>> from loop_lens.dynamics import extrapolate
+        >>> found = extrapolate(model, prompts, recurrences=(1, 2, 4, 8, 16), progress=False)
+        >>> [round(share, 2) for share in found.mean("agreement").tolist()]  # with what it says after 8
+        [0.5, 0.78, 0.89, 1.0, 1.0]
     """
     wanted = sorted(set(recurrences))
     for r in (*wanted, *([] if trained is None else [trained])):
@@ -274,9 +297,8 @@ def extrapolate(
     probe = ExtrapolationProbe(model, wanted, trained, labels)
     if not reads_any_iteration(model):
         _run_each(model, prompts, probe, [trained, *(r for r in every if r != trained)], batch_size, progress)
-        return shared(Extrapolation(trained, probe.moments(), None))
+        return shared(probe.result())
     with model.at_recurrences(every[-1]):
-        probe = ExtrapolationProbe(model, wanted, trained, labels)
         loop = model.schedule.main_loop
         segment = loop if loop in model.schedule.segments else None
         moves = ConvergenceProbe(model, patterns=False, segment=segment)
@@ -288,7 +310,7 @@ def extrapolate(
             progress=progress,
             what="extrapolation",
         )
-    return shared(Extrapolation(trained, probe.moments(), moves.result()))
+    return shared(probe.result(moves.result()))
 
 
 def _run_each(

@@ -37,6 +37,13 @@ class StepGeometry(LoopMeasured):
         segment: The loop.
         moments: Of each metric, over tokens [iteration layer]; the last layer is the state that leaves
             the iteration.
+
+    Example:
+        >>> from loop_lens.dynamics import step_geometry
+        >>> found = step_geometry(model, prompts, progress=False)
+        >>> found.layers
+        (0, 1, 'state')
+        >>> figure = found.plot("step_angle")
     """
 
     segment: str
@@ -68,6 +75,14 @@ class StepGeometryProbe(StateProbe):
 
     Raises:
         ValueError: If the loop runs fewer than three iterations.
+
+    Example:
+        >>> from loop_lens.dynamics import StepGeometryProbe
+        >>> from loop_lens.measuring import measure
+        >>> probe = StepGeometryProbe(model)
+        >>> measure(model, prompts, [probe], progress=False)
+        >>> probe.result().metrics
+        ('step', 'drift_to_loop', 'acceleration', 'resolved', 'contraction', 'step_angle')
     """
 
     def __init__(self, model: HookedLoopedTransformer, *, segment: str | None = None) -> None:
@@ -162,6 +177,12 @@ def step_geometry(
         Step norm, angle, acceleration and the comparison of drift with loop steps: arXiv 2509.23314. There
         drift is between several looped blocks and loop steps are within one; a single core has no next block,
         so drift is the displacement since its first iteration, and the ratio is per path length.
+
+    Example:
+        >>> from loop_lens.dynamics import step_geometry
+        >>> found = step_geometry(model, prompts, progress=False)
+        >>> [round(rate, 2) for rate in found.mean("contraction")[:, -1].tolist()]  # of the state
+        [nan, nan, 0.65, 0.66, 0.61, 0.55, 0.64, 0.55]
     """
     probe = StepGeometryProbe(model, segment=segment)
     measure(model, prompts, [probe], batch_size=batch_size, progress=progress, what="step geometry")

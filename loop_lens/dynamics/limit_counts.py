@@ -44,6 +44,14 @@ class LimitTable(Result):
         moving: The tokens that are no fixed points at the first n, tau and rho, as columns: ``prompt``,
             ``position``, ``layer`` and ``kind`` (indices), ``frequency``, ``amplitude``, ``gradient`` [token].
             Prompts keep their numbers when results merge.
+
+    Example:
+        >>> from loop_lens.dynamics import limit_table
+        >>> table = limit_table(model, prompts, progress=False)
+        >>> table.percent.shape  # n tau rho layer kind; the last layer is the state
+        torch.Size([1, 1, 1, 3, 4])
+        >>> table.moving_tokens().kind.value_counts().to_dict()
+        {'slider': 54, 'orbit': 6}
     """
 
     segment: str
@@ -119,6 +127,14 @@ class LimitTableProbe(StateProbe):
 
     Raises:
         ValueError: If an n is too small or not reached, or the reference comes before it.
+
+    Example:
+        >>> from loop_lens.dynamics import LimitTableProbe
+        >>> from loop_lens.measuring import measure
+        >>> probe = LimitTableProbe(model, of="norm")
+        >>> measure(model, prompts, [probe], reference=model.recurrences, progress=False)
+        >>> int(probe.result().counts[0, 0, 0, 0].sum())  # tokens at layer 0
+        20
     """
 
     def __init__(
@@ -277,6 +293,13 @@ def limit_table(
     Source:
         arXiv 2604.11791, Algorithm 1 and tables 3 and 4 (n = 128, tau = 0.05, rho = 0.9); the grid of n, tau
         and rho and the free reference are additions.
+
+    Example:
+        >>> from loop_lens.dynamics import limit_table
+        >>> with model.at_recurrences(32):
+        ...     table = limit_table(model, prompts, n=(16, 32), progress=False)
+        >>> table.percent[:, 0, 0, -1, 0].tolist()  # fixed points among the states, in percent
+        [55.0, 90.0]
     """
     probe = LimitTableProbe(model, n=n, tau=tau, rho=rho, of=of, reference=reference, segment=segment)
     measure(

@@ -42,6 +42,14 @@ class PathIndependence(Result):
             leave an iteration, over tokens [iteration pair].
         positions: ``cosine`` and ``distance``, means over pairs, with ``worst_cosine`` and ``worst_distance``,
             over the prompts' tokens at a position [iteration position].
+
+    Example:
+        >>> from loop_lens.dynamics import path_independence
+        >>> found = path_independence(model, prompts, starts=2, progress=False)
+        >>> found.starts, round(found.worst, 3)
+        (('own', 'seed 1', 'seed 2'), 1.0)
+        >>> found.pairs.axes["pair"]
+        ('own / seed 1', 'own / seed 2', 'seed 1 / seed 2')
     """
 
     segment: str
@@ -122,6 +130,13 @@ def path_independence(
     Source:
         Asymptotic alignment: arXiv 2211.09961, the cosine between the states reached from the usual initial
         state and from another input's fixed point; seeds, distances and earlier iterations are additions.
+
+    Example:
+        >>> from loop_lens.dynamics import path_independence
+        >>> found = path_independence(model, prompts, progress=False)  # the model's own noise and three more
+        >>> cosine = found.pairs.mean("cosine").mean(1)
+        >>> round(float(cosine[0]), 3), round(float(cosine[3]), 3), round(found.alignment, 3)
+        (0.964, 0.999, 1.0)
     """
     probe = PathIndependenceProbe(model, starts=starts, others=others, segment=segment)
     with _started(model, 0):  # what it draws is replaced, but a given state would not fit the rows
@@ -148,6 +163,14 @@ class PathIndependenceProbe(LoopProbe):
 
     Raises:
         ValueError: If there are no further initial states, or the model has no noise to seed.
+
+    Example:
+        >>> from loop_lens.dynamics import PathIndependenceProbe
+        >>> from loop_lens.measuring import measure
+        >>> probe = PathIndependenceProbe(model, others="e d d e d ? e ->")
+        >>> measure(model, ["a b b c a ? a ->"], [probe], rows=probe.rows, progress=False)
+        >>> probe.result().starts
+        ('own', 'prompt 0')
     """
 
     hooks = ("state_out",)

@@ -41,6 +41,13 @@ class Trajectories(Result):
         components: Directions of unit length, the largest entry positive [group component d_model].
         variance: Of the states along each [group component].
         explained: The same as a share of the whole variance [group component].
+
+    Example:
+        >>> from loop_lens.dynamics import trajectories
+        >>> found = trajectories(model, prompt, layers=[1, "state"], progress=False)
+        >>> found.quartile
+        (1, 1, 2, 2, 3, 3, 4, 4)
+        >>> figure = found.plot(projection="3d")
     """
 
     segment: str
@@ -227,6 +234,14 @@ class TrajectoriesProbe(StateProbe):
 
     Raises:
         ValueError: If the loop runs once only, or a layer does not exist.
+
+    Example:
+        >>> from loop_lens.dynamics import TrajectoriesProbe
+        >>> from loop_lens.measuring import measure
+        >>> probe = TrajectoriesProbe(model, position=0)
+        >>> measure(model, prompts, [probe], progress=False)
+        >>> probe.result(components=2).coordinates.shape  # prompt iteration layer component
+        torch.Size([2, 8, 2, 2])
     """
 
     def __init__(
@@ -246,7 +261,8 @@ class TrajectoriesProbe(StateProbe):
             which = f"layer {missing[0]!r} does not exist" if missing else "layers is empty"
             raise ValueError(f"{which}: {self.segment!r} has layers 0-{self.n_layers - 1} and {STATE!r}")
         self._place = {self.columns.index(layer): k for k, layer in enumerate(self.layers)}
-        self._position, self._fit, self._over = position, fit, over
+        self._position = position
+        self._fit: Fit = fit
         self._shape = (len(self.iterations), len(self.layers), int(model.cfg.d_model))
         none = torch.zeros(0, dtype=torch.int64)
         self._kept = [(none, none, torch.zeros(0, *self._shape))]  # prompt, position, states of each batch
@@ -346,6 +362,12 @@ def trajectories(
     Source:
         arXiv 2604.11791, the PCA of all latent states of the last token of one prompt, by quartiles of
         recurrence; fits per layer and to all tokens are additions.
+
+    Example:
+        >>> from loop_lens.dynamics import trajectories
+        >>> found = trajectories(model, prompt, progress=False)
+        >>> [round(share, 2) for share in found.explained[0].tolist()]
+        [0.56, 0.24, 0.11]
     """
     if fit not in ("joint", "layer") or over not in ("position", "tokens"):
         raise ValueError(

@@ -17,7 +17,19 @@ Over = Literal["values", "prompts"]
 
 
 class DivergedError(ValueError):
-    """The model's states became NaN or infinite while they were measured."""
+    """The model's states became NaN or infinite while they were measured.
+
+    Example:
+        >>> from loop_lens.dynamics import convergence
+        >>> from loop_lens.measuring import DivergedError
+        >>> name = model.name("resid_post", iteration=2, layer=1)
+        >>> try:
+        ...     with model.hooks(fwd_hooks=[(name, lambda value, hook: value * float("nan"))]):
+        ...         convergence(model, prompts, progress=False)
+        ... except DivergedError as error:
+        ...     print(str(error).split(":")[0])
+        values became NaN or infinite, first at iteration 2, layer 1
+    """
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,14 @@ def shared(result: T) -> T:
 
     Every process gets it. Launch with ``accelerate launch`` (and create ``accelerate.PartialState()``) or
     ``torchrun``.
+
+    Example:
+        >>> from loop_lens.dynamics import ConvergenceProbe
+        >>> from loop_lens.measuring import measure, shared
+        >>> probe = ConvergenceProbe(model)
+        >>> measure(model, prompts, [probe], progress=False)  # this process's share of the prompts
+        >>> shared(probe.result()).moments.prompts.max().item()  # all of them
+        2.0
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return result

@@ -39,6 +39,15 @@ class Result:
     A field may be a tensor, a dict of tensors by text, another `Result`, or what JSON can say
     (numbers, text, None, and tuples and dicts of them; tuples stay tuples). A field that is a `Result` merges
     as such, any other as `merged` says, or must be the same.
+
+    Example:
+        >>> from loop_lens.dynamics import Convergence, convergence
+        >>> parts = [convergence(model, text, progress=False) for text in prompts]
+        >>> merged = parts[0].merge(parts[1])
+        >>> merged.save("convergence.safetensors")
+        >>> again = Convergence.load("convergence.safetensors")
+        >>> again.to_dataframe().equals(merged.to_dataframe())
+        True
     """
 
     def merge(self, other: Self) -> Self:
