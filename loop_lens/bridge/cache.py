@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-if TYPE_CHECKING:
-    from loop_lens.bridge.model import HookedLoopedTransformer
-
+from loop_lens.bridge.names import Looped, select_sites
 from loop_lens.unrolling.additive import raise_non_additive
 
 
@@ -22,9 +20,14 @@ class LoopCache(ActivationCache):
     Both spellings of a name find the same tensor. Everything that transformer-lens does with a
     cache works, except that decompositions of the residual stream into a sum refuse models whose
     stream is not one sum.
+
+    Example:
+        >>> _, cache = model.run_with_cache(prompt)
+        >>> cache["loop.3.blocks.1.hook_resid_post"] is cache["resid_post", 8]
+        True
     """
 
-    model: HookedLoopedTransformer
+    model: Looped
 
     def __getitem__(self, key: Any) -> Tensor:
         return super().__getitem__(self._stored(key))
@@ -39,7 +42,7 @@ class LoopCache(ActivationCache):
         base, grad = (key[:-5], "_grad") if key.endswith("_grad") else (key, "")
         if base not in self.model.registry:  # hook_dict shows less while hooks run
             return key
-        spellings = (self.model.flat_name(base), self.model.canonical_name(base))
+        spellings = (self.model.registry.flat(base), self.model.registry.canonical(base))
         return next((n + grad for n in spellings if n + grad in self.cache_dict), key)
 
     def over_iterations(
@@ -58,8 +61,14 @@ class LoopCache(ActivationCache):
 
         Raises:
             KeyError: If the cache lacks one of them; names it.
+
+        Example:
+            >>> _, cache = model.run_with_cache(prompt)
+            >>> cache.over_iterations("state_out").shape
+            torch.Size([8, 1, 11, 64])
         """
-        return torch.stack(self._require(self.model.names(name, layer=layer, segment=self._loop(segment))))
+        sites = select_sites(self.model, name, layer=layer, segment=self._loop(segment))
+        return torch.stack(self._require(site.name for site in sites))
 
     def grid(self, name: str, *, segment: str | None = None) -> Float[Tensor, "iteration layer ..."]:
         """One hook at every iteration and layer of a loop.
@@ -73,6 +82,11 @@ class LoopCache(ActivationCache):
 
         Raises:
             KeyError: If the cache lacks one of them; names it.
+
+        Example:
+            >>> _, cache = model.run_with_cache(prompt)
+            >>> cache.grid("resid_post").shape
+            torch.Size([8, 2, 1, 11, 64])
         """
         loop = self._loop(segment)
         layers = range(self.model.schedule.segments[loop])

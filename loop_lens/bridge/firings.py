@@ -1,123 +1,29 @@
-"""The blocks and hook points of a looped model, made when they are first asked for."""
+"""`Firings`: how physical blocks become one bridge per firing, and how a firing runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.component_setup import setup_submodules
+from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
-from loop_lens.unrolling.schedule import Schedule
+from loop_lens.bridge.blocks import FiringBlocks, hook_point
+from loop_lens.bridge.projections import SplitProjection, split_projections
+from loop_lens.bridge.registry import BlockNames, HookRegistry
+from loop_lens.models.native.attention import accept_either_cache_name
+from loop_lens.unrolling.additive import NoScale
+from loop_lens.unrolling.body import LoopBody
+from loop_lens.unrolling.calls import Bare, hidden_states, map_output, with_hidden_states
 from loop_lens.unrolling.sites import Firing
-
-Materialize = Callable[[Firing], nn.Module]
-
-
-@dataclass
-class OpenBlock:
-    """The bridge of one firing, and what tells whether anyone hooked it.
-
-    Attributes:
-        bridge: A transformer-lens ``BlockBridge`` over a tied clone of the physical block.
-        ends: The hook dictionaries of its input and output.
-        inside: Those of everything else within.
-        baseline: Dictionaries that are never empty, with their size when nobody hooked anything.
-        points: The hook points looked up so far, by their names within the block.
-    """
-
-    bridge: Any
-    ends: list[Mapping[Any, Any]] = field(init=False)
-    inside: list[Mapping[Any, Any]] = field(init=False)
-    baseline: list[tuple[Mapping[Any, Any], int]] = field(init=False)
-    points: dict[str, HookPoint] = field(init=False, default_factory=dict[str, HookPoint])
-
-    def __post_init__(self) -> None:
-        ends = (self.bridge.hook_in, self.bridge.hook_out)
-        self.ends = [table for point in ends for table in _hook_tables(point)]
-        ids = {id(table) for table in self.ends}
-        tables = [t for m in self.bridge.modules() for t in _hook_tables(m) if id(t) not in ids]
-        self.inside = [table for table in tables if not table]
-        self.baseline = [(table, len(table)) for table in tables if table]
-
-    def point(self, hook: str) -> HookPoint:
-        """The hook point of this name within the block."""
-        if hook not in self.points:
-            self.points[hook] = hook_point(self.bridge, hook)
-        return self.points[hook]
-
-    @property
-    def hooked_inside(self) -> bool:
-        """Whether anything but the block's input and output has a hook."""
-        return any(self.inside) or any(len(table) > size for table, size in self.baseline)
-
-    @property
-    def hooked_ends(self) -> bool:
-        """Whether the block's input or output has a hook."""
-        return any(self.ends)
-
-
-def _hook_tables(module: nn.Module) -> tuple[Mapping[Any, Any], ...]:
-    return (
-        module._forward_hooks,
-        module._backward_hooks,
-        module._forward_pre_hooks,
-        module._backward_pre_hooks,
-    )
-
-
-class FiringBlocks(nn.ModuleList):
-    """``model.blocks``: one bridge per firing, each made when it is first asked for.
-
-    Bridges are kept by (iteration, layer), so they and their hooks stay where they are while the
-    number of iterations changes; those of iterations that no longer run wait for their return.
-    """
-
-    def __init__(self, schedule: Schedule, materialize: Materialize) -> None:
-        super().__init__()
-        self.__dict__["opened"] = {}
-        self.__dict__["_materialize"] = materialize
-        self.schedule = schedule
-
-    opened: dict[str, OpenBlock]
-
-    def open(self, firing: Firing) -> OpenBlock:
-        """The bridge of a firing."""
-        block = self.opened.get(firing.prefix)
-        if block is None:
-            materialize: Materialize = self.__dict__["_materialize"]
-            block = self.opened[firing.prefix] = OpenBlock(materialize(firing))
-        return block
-
-    def reschedule(self, schedule: Schedule) -> list[tuple[Firing, nn.Module]]:
-        """Follow a new schedule. Returns the open bridges whose index changed."""
-        moved = [
-            (schedule.by_prefix[prefix], block.bridge)
-            for prefix, block in self.opened.items()
-            if prefix in schedule.by_prefix
-            and (
-                prefix not in self.schedule.by_prefix
-                or schedule.by_prefix[prefix].index != self.schedule.by_prefix[prefix].index
-            )
-        ]
-        self.schedule = schedule
-        return moved
-
-    def __len__(self) -> int:
-        return len(self.schedule)
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return (self.open(firing).bridge for firing in self.schedule)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return nn.ModuleList(self.open(firing).bridge for firing in list(self.schedule)[index])
-        return self.open(self.schedule[index]).bridge
-
-    def __repr__(self) -> str:
-        return f"FiringBlocks({len(self)} firings, {len(self.opened)} opened)"
+from loop_lens.unrolling.slots import tied_clone
+from loop_lens.unrolling.unroller import Run
 
 
 class StreamHookPoint(HookPoint):
@@ -136,9 +42,180 @@ class StreamHookPoint(HookPoint):
         return x.copy_(shown)
 
 
-def hook_point(bridge: Any, path: str) -> HookPoint:
-    """The hook point at a dotted path below a block's bridge."""
-    found = bridge
-    for part in path.split("."):
-        found = getattr(found, part)
-    return found
+class Firings:
+    """The blocks of a bridge: one prototype per physical block, from which each firing's is made.
+
+    transformer-lens wires the prototypes in place of the model's blocks (`prototypes_in`). After
+    that, `install` puts one bridge per firing where the prototypes were, and `run` runs firings.
+
+    Args:
+        bridge: The bridge that they belong to.
+        body: What unrolls its model.
+
+    Attributes:
+        prototypes: One block per physical block; transformer-lens' bridges once they are wired.
+        blocks: One bridge per firing.
+        physical: Whether the bridge shows the prototypes, not the firings.
+        always: Whether a firing without hooks runs its bridge, too.
+        split: What transformer-lens split from fused projections.
+    """
+
+    prototypes: nn.ModuleList
+    blocks: FiringBlocks
+
+    def __init__(self, bridge: TransformerBridge, body: LoopBody) -> None:
+        self.bridge, self.body = bridge, body
+        self.prototypes = nn.ModuleList(tied_clone(block) for block in body.blocks)
+        self.blocks = FiringBlocks(body.schedule, self._make)
+        self.physical, self.always = True, False
+        self.split: list[SplitProjection] = []
+        self._names: list[BlockNames] = []
+        self._physical_registry: dict[str, HookPoint] = {}
+
+    @contextmanager
+    def prototypes_in(self, model: nn.Module) -> Generator[None, None, None]:
+        """Put the prototypes where transformer-lens looks for a model's blocks."""
+        parent, _, name = self.body.block_path.rpartition(".")
+        modules = model.get_submodule(parent)._modules
+        held = modules.get(name)
+        modules[name] = self.prototypes
+        try:
+            yield
+        finally:
+            if held is None:
+                del modules[name]
+            else:
+                modules[name] = held
+
+    def adopt(self) -> None:
+        """Take over the prototypes that transformer-lens has wired, and install the firings."""
+        self.prototypes = self.bridge.blocks  # type: ignore[assignment]
+        for prototype in self.prototypes:
+            _prepare(prototype)
+            if isinstance(mid := getattr(prototype, "hook_resid_mid", None), HookPoint):
+                mid.__class__ = StreamHookPoint
+        self.install()
+
+    def install(self) -> None:
+        """Replace the prototypes by one block per firing, and list the hooks that these have."""
+        bridge = self.bridge
+        listed, self._physical_registry = bridge.hook_dict, bridge._hook_registry
+        self._names = [BlockNames.listed(listed, block) for block in range(len(self.prototypes))]
+        fixed = {name: point for name, point in listed.items() if not name.startswith("blocks.")}
+        self.blocks = FiringBlocks(self.body.schedule, self._make)
+        self.blocks.training = bridge.training
+        registry = HookRegistry(self.blocks, self._names, fixed)
+        bridge.blocks, bridge._hook_registry = self.blocks, registry  # type: ignore[assignment]
+        bridge.cfg.n_layers = len(self.blocks)
+        own = {id(parameter) for parameter in bridge.original_model.parameters()}
+        shared = all(id(parameter) in own for parameter in self.prototypes.parameters())
+        processed = bridge._weights_processed
+        self.split = [] if processed else split_projections(self.prototypes)
+        # After weight processing, blocks whose bridge holds weights of its own (split from a fused
+        # projection) must not fall back to the bare module, which still has the old ones.
+        self.always = processed and not shared
+        self.body.executor, self.body.observer = self.run, registry
+        self.physical = False
+
+    @contextmanager
+    def physical_view(self) -> Generator[None, None, None]:
+        """Make the bridge an ordinary one over the physical blocks, for what processes weights."""
+        bridge = self.bridge
+        bridge.blocks, bridge._hook_registry = self.prototypes, self._physical_registry
+        bridge.cfg.n_layers = len(self.prototypes)
+        self.physical = True
+        try:
+            with self.prototypes_in(bridge.original_model):
+                yield
+        finally:
+            self.install()
+
+    @contextmanager
+    def every_block(self) -> Generator[None, None, None]:
+        """Let the bridge's blocks be all those made so far, prototypes included: a flag goes to each."""
+        self.bridge.blocks = nn.ModuleList([*self.prototypes, *self._opened()])
+        try:
+            yield
+        finally:
+            self.bridge.blocks = self.blocks
+
+    def reschedule(self) -> None:
+        """Follow the body's schedule after its numbers of iterations changed."""
+        for firing, block in self.blocks.reschedule(self.body.schedule):
+            self._name(firing, block)
+        self.bridge.cfg.n_layers = len(self.blocks)
+
+    def train(self, mode: bool) -> None:
+        """Set training mode on all blocks made so far."""
+        for block in (*self.prototypes, *self._opened()):
+            block.train(mode)
+
+    def run(self, run: Run, firing: Firing, bare: Bare, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one firing: its bridge if something inside is hooked, otherwise the bare module."""
+        block = self.blocks.open(firing) if self.always else self.blocks.opened.get(firing.prefix)
+        if run.stop == firing.index:
+            stream = hidden_states(args, kwargs)
+            raise StopAtLayerException(stream if block is None else block.bridge.hook_in(stream))
+        if block is None:
+            return bare(*args, **kwargs)
+        inside = self.always or block.hooked_inside
+        if not (inside or block.hooked_ends):
+            return bare(*args, **kwargs)
+        stream = hidden_states(args, kwargs)
+        if block.bridge.hook_in._forward_hooks:
+            # A hook may write in place, and this is the tensor that the block before has put out.
+            stream = stream.clone()
+        if inside:
+            args, kwargs = with_hidden_states(stream, args, kwargs)
+            return block.bridge(*args, **kwargs)
+        args, kwargs = with_hidden_states(block.bridge.hook_in(stream), args, kwargs)
+        return map_output(block.bridge.hook_out, bare(*args, **kwargs))
+
+    def _opened(self) -> list[nn.Module]:
+        return [block.bridge for block in self.blocks.opened.values()]
+
+    def _make(self, firing: Firing) -> nn.Module:
+        prototype: Any = self.prototypes[firing.block]
+        points = (m for m in prototype.modules() if isinstance(m, HookPoint))
+        if any(point.fwd_hooks or point.bwd_hooks for point in points):
+            # Hooks that transformer-lens itself put there close over this very prototype.
+            block = self._wire_anew(firing)
+        else:
+            block = tied_clone(prototype)
+        if self.body.non_additive_because:
+            # Where transformer-lens' path patching and edge attribution look before they assume that
+            # a head's output reaches every later block as it is.
+            block.residual_contribution_scale = NoScale(self.body.non_additive_because)
+        self._name(firing, block)
+        if hasattr(block, "_maybe_wire_capture_hooks"):
+            block._maybe_wire_capture_hooks()
+        return block
+
+    def _wire_anew(self, firing: Firing) -> Any:
+        adapter = self.bridge.adapter
+        template: Any = (adapter.component_mapping or {})["blocks"]
+        block = copy.deepcopy(template)  # holds no weights yet, and parts that are in no module tree
+        block.set_original_component(tied_clone(self.body.blocks[firing.block]))
+        setup_submodules(block, adapter, block.original_component)
+        block._wire_ln1_module()
+        block.train(self.bridge.training)
+        _prepare(block)
+        for module in block.modules():
+            if hasattr(module, "_register_aliases"):
+                module._register_aliases()
+            if hasattr(module, "setup_hook_compatibility"):
+                module.setup_hook_compatibility()
+        return block
+
+    def _name(self, firing: Firing, block: Any) -> None:
+        block.name = f"blocks.{firing.index}"
+        for hook in self._names[firing.block].points:
+            hook_point(block, hook).name = f"blocks.{firing.index}.{hook}"
+
+
+def _prepare(block: nn.Module) -> None:
+    # A hooked block is not checkpointed: its hooks would fire again in backward, or be gone by then.
+    for module in block.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+    accept_either_cache_name(block)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from loop_lens.bridge.firings import (
-    FiringBlocks,
-)
+from loop_lens.bridge.blocks import FiringBlocks
 from loop_lens.unrolling.schedule import Schedule
 from loop_lens.unrolling.sites import Firing, Site
 from loop_lens.unrolling.tree import UnknownNameError
@@ -26,6 +25,18 @@ class BlockNames:
 
     canonical: dict[str, str]
 
+    @classmethod
+    def listed(cls, hooks: Mapping[str, HookPoint], block: int) -> BlockNames:
+        """Those of one block among all hook points of a bridge over the physical blocks."""
+        prefix = f"blocks.{block}."
+        return cls(
+            {
+                name.removeprefix(prefix): (point.name or name).removeprefix(prefix)
+                for name, point in hooks.items()
+                if name.startswith(prefix)
+            }
+        )
+
     @cached_property
     def points(self) -> tuple[str, ...]:
         """The names that hook points go by, each once."""
@@ -35,10 +46,12 @@ class BlockNames:
 class HookRegistry(MutableMapping[str, HookPoint]):
     """All hook points by name: both spellings are found, the flat one is listed.
 
+    It also is what the body shows the values between blocks to.
+
     Args:
         blocks: The firings' bridges.
         names: Hook names within each physical block.
-        fixed: Hook points outside the blocks.
+        fixed: Hook points outside the blocks, those of the embedding and the final norm.
     """
 
     def __init__(self, blocks: FiringBlocks, names: list[BlockNames], fixed: dict[str, HookPoint]) -> None:
@@ -50,6 +63,15 @@ class HookRegistry(MutableMapping[str, HookPoint]):
     def schedule(self) -> Schedule:
         """The schedule in force."""
         return self.blocks.schedule
+
+    def wants(self, site: str) -> bool:
+        """Whether a site between blocks has hooks."""
+        point = self.sites.get(site)
+        return point is not None and bool(point._forward_hooks or point._backward_hooks)
+
+    def see(self, site: str, value: Tensor) -> Tensor:
+        """Pass a value between blocks through its hook point."""
+        return self.sites[site](value.clone())  # a hook may write in place
 
     def locate(self, name: str) -> Site:
         """The site of a name, in either spelling.
@@ -71,37 +93,34 @@ class HookRegistry(MutableMapping[str, HookPoint]):
         except UnknownNameError as error:
             raise UnknownNameError(f"{error}; {self.describe_hooks(0)}") from None
         place, hook = site
-        if isinstance(place, Firing) and hook not in self.names[place.block].canonical:
+        if not isinstance(place, Firing):
+            return site
+        known = self.names[place.block].canonical
+        if hook not in known:
             raise UnknownNameError(
                 f"{name!r} does not exist: {self.describe_hooks(place.block)}; {self.schedule.describe()}"
             )
-        if isinstance(place, Firing):
-            return replace(site, goes_by=self.names[place.block].canonical[hook])
-        return site
+        return replace(site, goes_by=known[hook])
 
     def describe_hooks(self, block: int) -> str:
         """The hooks within a block, in words."""
         return f"a block has the hooks {', '.join(sorted(self.names[block].canonical))}"
 
     def flat(self, name: str) -> str:
-        """The flat spelling of a name, or the name itself outside blocks.
+        """The flat spelling of any name, also of one outside the blocks.
 
         Raises:
             UnknownNameError: If there is no such hook.
         """
-        if name in self.fixed:
-            return name
-        return self.locate(name).flat
+        return name if name in self.fixed else self.locate(name).flat
 
     def canonical(self, name: str) -> str:
-        """The name that a hook point goes by, from any of its names.
+        """The name that a hook point goes by, from any of its names, also outside the blocks.
 
         Raises:
             UnknownNameError: If there is no such hook.
         """
-        if name in self.fixed:
-            return self.fixed[name].name or name
-        return self.locate(name).canonical
+        return self.fixed[name].name or name if name in self.fixed else self.locate(name).canonical
 
     def spellings(self) -> Iterator[tuple[str, str]]:
         """Every listed name with its other spelling (itself, where it has one only)."""
@@ -113,15 +132,16 @@ class HookRegistry(MutableMapping[str, HookPoint]):
         for name in self.schedule.sites:
             yield name, name
 
+    def matching(self, accepts: Callable[[str], bool]) -> list[str]:
+        """The listed names that a predicate accepts in either spelling."""
+        return [flat for flat, looped in self.spellings() if accepts(flat) or accepts(looped)]
+
     def __getitem__(self, name: str) -> HookPoint:
         if name in self.fixed:
             return self.fixed[name]
         site = self.locate(name)
         if isinstance(site.place, Firing):
             return self.blocks.open(site.place).point(site.hook)
-        return self._between(name)
-
-    def _between(self, name: str) -> HookPoint:
         if name not in self.sites:
             self.sites[name] = HookPoint()
             self.sites[name].name = name
@@ -157,11 +177,7 @@ class HookRegistry(MutableMapping[str, HookPoint]):
 
     def existing(self) -> Iterator[HookPoint]:
         """The hook points made so far: only these can have hooks."""
-        seen: set[int] = set()
         points = [*self.fixed.values(), *self.sites.values()]
         for block in self.blocks.opened.values():
             points += [m for m in block.bridge.modules() if isinstance(m, HookPoint)]
-        for point in points:
-            if id(point) not in seen:
-                seen.add(id(point))
-                yield point
+        return iter({id(point): point for point in points}.values())

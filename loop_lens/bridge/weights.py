@@ -1,82 +1,103 @@
-"""A bridge's weights under the names of its checkpoint: state dicts and folders."""
+"""The weights of a model under the names of its checkpoint: state dicts and folders."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from loop_lens.models.published.weights import WeightsError
-
-if TYPE_CHECKING:
-    from loop_lens.bridge.model import HookedLoopedTransformer
+from loop_lens.unrolling.body import LoopBody
 
 
-def published_state(model: HookedLoopedTransformer, *, keep_vars: bool = False) -> dict[str, Tensor]:
-    """A model's weights under the names of its checkpoint."""
-    return model.body.to_checkpoint(model.native_state(keep_vars=keep_vars))
+class Weights:
+    """Reads, loads and saves the weights of a torch model that a bridge was built into.
 
+    Made before the bridge is: a bridge adds modules, and with them names that are no weights.
 
-def load_state(
-    model: HookedLoopedTransformer, state: Mapping[str, Tensor], *, strict: bool, assign: bool
-) -> Any:
-    """Load weights, under published or native names, into a model at any number of iterations.
-
-    Raises:
-        WeightsError: If ``strict`` and the names or shapes do not fit; nothing is loaded then.
+    Args:
+        model: The torch model.
+        body: What knows the names of its checkpoint.
     """
-    native = model.native_state(keep_vars=True)
-    given = model.body.from_checkpoint(state, native, strict=strict)
-    missing = sorted(set(native) - set(given))
-    unexpected = sorted(set(given) - set(native))
-    if strict and (missing or unexpected):
-        raise WeightsError(
-            f"the state dict does not fit: missing {missing[:4]}, unknown {unexpected[:4]}; "
-            "model.state_dict() has the names"
-        )
-    for name, tensor in given.items():
-        if name in native and tensor.shape != native[name].shape:
+
+    def __init__(self, model: nn.Module, body: LoopBody) -> None:
+        self.model, self.body = model, body
+        self.names = list(model.state_dict())
+
+    def own(self, *, keep_vars: bool = False) -> dict[str, Tensor]:
+        """The weights under the model's own names."""
+        raw = self.model.state_dict(keep_vars=keep_vars)
+        clean = {_own_name(name): tensor for name, tensor in raw.items()}
+        return {name: clean[name] for name in self.names}
+
+    def published(self, *, keep_vars: bool = False) -> dict[str, Tensor]:
+        """The weights under the names of the checkpoint."""
+        return self.body.to_checkpoint(self.own(keep_vars=keep_vars))
+
+    def load(self, state: Mapping[str, Tensor], *, strict: bool, assign: bool) -> Any:
+        """Load weights given under the checkpoint's names or the model's own.
+
+        Raises:
+            WeightsError: If ``strict`` and the names or shapes do not fit; nothing is loaded then.
+        """
+        own = self.own(keep_vars=True)
+        given = self.body.from_checkpoint(state, own, strict=strict)
+        missing = sorted(set(own) - set(given))
+        unexpected = sorted(set(given) - set(own))
+        if strict and (missing or unexpected):
             raise WeightsError(
-                f"{name} has shape {tuple(tensor.shape)}, the model wants {tuple(native[name].shape)}"
+                f"the state dict does not fit: missing {missing[:4]}, unknown {unexpected[:4]}; "
+                "model.state_dict() has the names"
             )
-    raw = model.original_model.state_dict()
-    actual = {key.replace("._original_component", ""): key for key in raw}
-    fitting = {actual[name]: tensor for name, tensor in given.items() if name in native}
-    model.original_model.load_state_dict(fitting, strict=False, assign=assign)
-    if assign and getattr(model.original_model.config, "tie_word_embeddings", False):
-        _retie(model.original_model)
-    return _IncompatibleKeys(missing, unexpected)
+        for name, tensor in given.items():
+            if name in own and tensor.shape != own[name].shape:
+                raise WeightsError(
+                    f"{name} has shape {tuple(tensor.shape)}, the model wants {tuple(own[name].shape)}"
+                )
+        actual = {_own_name(name): name for name in self.model.state_dict()}
+        fitting = {actual[name]: tensor for name, tensor in given.items() if name in own}
+        self.model.load_state_dict(fitting, strict=False, assign=assign)
+        if assign and self._ties_embeddings:
+            self._retie()
+        return _IncompatibleKeys(missing, unexpected)
+
+    def save(self, folder: Path, tokenizer: Any) -> None:
+        """Write a folder that ``loop_lens.boot`` opens again: config, safetensors, tokenizer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        config: Any = copy.deepcopy(self.model.config)
+        config.architectures = [type(self.model).__name__]
+        config.update(self.body.config_fields)
+        state = self.own()
+        first: dict[int, str] = {}
+        for name, tensor in state.items():
+            first.setdefault(tensor.data_ptr(), name)
+        if self._ties_embeddings:
+            state = {name: tensor for name, tensor in state.items() if first[tensor.data_ptr()] == name}
+        config.save_pretrained(folder)
+        save_file(
+            {name: tensor.detach().contiguous().clone() for name, tensor in state.items()},
+            folder / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    @property
+    def _ties_embeddings(self) -> bool:
+        return bool(getattr(self.model.config, "tie_word_embeddings", False))
+
+    def _retie(self) -> None:
+        modules = {_own_name(name): module for name, module in self.model.named_modules()}
+        tied: Mapping[str, str] = getattr(self.model, "_tied_weights_keys", {})
+        for target, source in tied.items():
+            (to, _, name), (origin, _, held) = target.rpartition("."), source.rpartition(".")
+            modules[to]._parameters[name] = modules[origin]._parameters[held]
 
 
-def _retie(model: nn.Module) -> None:
-    modules = {name.replace("._original_component", ""): m for name, m in model.named_modules()}
-    for target, source in getattr(model, "_tied_weights_keys", {}).items():
-        to, frm = modules[target.rpartition(".")[0]], modules[source.rpartition(".")[0]]
-        to._parameters[target.rpartition(".")[2]] = frm._parameters[source.rpartition(".")[2]]
-
-
-def save(model: HookedLoopedTransformer, folder: Path) -> None:
-    """Write a folder that ``loop_lens.boot`` opens again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config: Any = copy.deepcopy(model.original_model.config)
-    config.architectures = [type(model.original_model).__name__]
-    config.update(model.body.config_fields)
-    state = model.native_state()
-    unique: dict[int, str] = {}
-    for name, tensor in state.items():
-        unique.setdefault(tensor.data_ptr(), name)
-    tied = bool(getattr(config, "tie_word_embeddings", False))
-    kept = {n: t for n, t in state.items() if not tied or unique[t.data_ptr()] == n}
-    config.save_pretrained(folder)
-    save_file(
-        {name: tensor.detach().contiguous().clone() for name, tensor in kept.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(folder)
+def _own_name(name: str) -> str:
+    return name.replace("._original_component", "")

@@ -131,7 +131,7 @@ class Engine:
         kept = [f"blocks.{start}.hook_resid_pre" for start in sorted(set(starts)) if start >= 0]
         if kept and "hook_prelude_out" in model.schedule.sites:
             kept.append("hook_prelude_out")
-        wanted = [*dict.fromkeys([*kept, *(model.flat_name(name) for name in names)])]
+        wanted = [*dict.fromkeys([*kept, *(model.registry.flat(name) for name in names)])]
         cache = DynamicCache()
         options: dict[str, Any] = {CACHE_NAME: cache, "use_cache": True} if self.abilities.cached else {}
         logits, values = model.run_with_cache(self.tokens, names_filter=wanted, **options)

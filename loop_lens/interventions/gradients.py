@@ -151,9 +151,9 @@ def _first_order(
         return total
 
     # Hooks report under the one name of their hook point, whatever it was asked for by.
-    names = {spot: model.canonical_name(spot.flat) for spot in spots}
+    names = {spot: model.registry.canonical(spot.flat) for spot in spots}
     # The backward stops at the first tensor that it is asked for, before that one's hook has fired.
-    wanted = [model.canonical_name("embed.hook_out"), *dict.fromkeys(names.values())]
+    wanted = [model.registry.canonical("embed.hook_out"), *dict.fromkeys(names.values())]
     run: Any = cache_activation_and_gradient(model, prompts.base, metric, wanted)
     scores: dict[str, Tensor] = {}
     for spot in spots:

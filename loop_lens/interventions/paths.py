@@ -251,13 +251,13 @@ def _held(
     for firing in model.schedule:
         heads = free.get((firing.prefix, "attn"))
         if heads is None:
-            held.append((model.flat_name(f"{firing.prefix}.hook_attn_out"), []))
+            held.append((model.locate(f"{firing.prefix}.hook_attn_out").flat, []))
         elif None not in heads:
             held.append(
-                (model.flat_name(f"{firing.prefix}.attn.hook_z"), [h for h in heads if h is not None])
+                (model.locate(f"{firing.prefix}.attn.hook_z").flat, [h for h in heads if h is not None])
             )
         if (firing.prefix, "mlp") not in free:
-            held.append((model.flat_name(f"{firing.prefix}.hook_mlp_out"), []))
+            held.append((model.locate(f"{firing.prefix}.hook_mlp_out").flat, []))
     return held
 
 

@@ -231,7 +231,7 @@ class _Readout:
         direction = scale * sum(sign * weight[:, t] for sign, t in zip(signs, tokens.tolist(), strict=True))
         constant = scale * sum(sign * bias[t] for sign, t in zip(signs, tokens.tolist(), strict=True))
         assert isinstance(direction, Tensor) and isinstance(constant, Tensor)
-        name = model.canonical_name("unembed.hook_in") if site is None else _stream(model, site)
+        name = model.registry.canonical("unembed.hook_in") if site is None else _stream(model, site)
         norm = site is not None and not is_normed(model, model.locate(name))
         shift = getattr(_original(model.ln_final), "bias", None)
         if isinstance(shift, Tensor) and (site is None or norm):

@@ -262,13 +262,18 @@ def load_native(
 
 
 def _open(model: nn.Module, adapter: Any, tokenizer: Any, body: LoopBody) -> HookedLoopedTransformer:
+    given = tokenizer
     if tokenizer is not None:
+        tokenizer = copy.deepcopy(
+            tokenizer
+        )  # transformer-lens gives it special tokens: ours to read, not to save
         if not tokenizer.init_kwargs.get("name_or_path"):
             # Made in memory: transformer-lens would load it anew to have BOS tokens added, from nowhere.
-            tokenizer = copy.deepcopy(tokenizer)
             tokenizer.init_kwargs |= {"name_or_path": "in memory", "add_bos_token": True}
         tokenizer = _configured(tokenizer, adapter.cfg)
-    return HookedLoopedTransformer(model, adapter, tokenizer, body)
+    looped = HookedLoopedTransformer(model, adapter, tokenizer, body)
+    looped.saved_tokenizer = given
+    return looped
 
 
 def _configured(tokenizer: Any, cfg: Any) -> Any:

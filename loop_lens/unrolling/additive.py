@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
-
-if TYPE_CHECKING:
-    pass
+from typing import NoReturn
 
 
 class NonAdditiveStreamError(ValueError):
-    """A decomposition that assumes one additive residual stream, asked of a model without one."""
+    """A decomposition that assumes one additive residual stream, asked of a model without one.
+
+    Example:
+        >>> _, cache = model.run_with_cache(prompt)
+        >>> try:
+        ...     cache.decompose_resid()
+        ... except loop_lens.NonAdditiveStreamError as error:
+        ...     print(error)
+        decompose_resid assumes that the residual stream is the sum of its components, but ...
+    """
 
 
 class NoScale(float):

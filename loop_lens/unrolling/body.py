@@ -19,6 +19,10 @@ class LoopBody(Unroller):
         block_path: Where transformer-lens finds the blocks, from the model's root.
         non_additive_because: Why the stream is not the sum of its components, None where it is.
         fold_unsound_because: Why norms cannot be folded into weights, None where they can.
+
+    Example:
+        >>> model.body.injects, model.body.non_additive_because
+        (True, "...")
     """
 
     block_path: str

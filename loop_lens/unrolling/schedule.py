@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from loop_lens.unrolling.sites import Boundary, Firing, Site
+from loop_lens.unrolling.sites import Boundary, Firing, Site, between_name
 from loop_lens.unrolling.tree import Blocks, Iteration, Loop, Segments, UnknownNameError, _loops, _runs
 
 _FLAT = re.compile(r"blocks\.(\d+)\.(.+)")
@@ -26,6 +26,7 @@ class Schedule:
         tree: The segments.
 
     Example:
+        >>> from loop_lens.unrolling import Blocks, Loop, Schedule, Segments
         >>> core = Loop("loop", 3, Blocks("core", 2))
         >>> print(Schedule(Segments(Blocks("prelude", 1), core, Blocks("coda", 1))))
         prelude  1 block             firing  0
@@ -161,6 +162,12 @@ class Schedule:
         return tuple(tuple(indices) for indices in found)
 
     @cached_property
+    def repeats(self) -> dict[int, int]:
+        """The firings that are not their block's first, by index, with their place among these."""
+        first = {indices[0] for indices in self.visits if indices}
+        return {f.index: k for k, f in enumerate(f for f in self._firings if f.index not in first)}
+
+    @cached_property
     def sites(self) -> dict[str, Site]:
         """All sites between blocks by name, in no particular order."""
         whole = Boundary(None, None, "", 0, len(self) - 1)
@@ -196,11 +203,35 @@ class Schedule:
         Raises:
             UnknownNameError: If there is none such.
         """
-        for boundary in self._boundaries:
-            if boundary.segment == segment and boundary.iteration == iteration:
-                return boundary
+        if (segment, iteration) not in self._boundary_at:
+            raise UnknownNameError(
+                f"iteration {iteration} of {segment!r} does not exist: {self._describe_iterations(segment)}"
+            )
+        return self._boundary_at[segment, iteration]
+
+    @cached_property
+    def _boundary_at(self) -> dict[tuple[str | None, Iteration], Boundary]:
+        return {(boundary.segment, boundary.iteration): boundary for boundary in self._boundaries}
+
+    def between(self, hook: str, segment: str, iteration: Iteration) -> Site:
+        """A site between blocks.
+
+        Args:
+            hook: Its name, ``"state_in"`` or ``"hook_state_in"``.
+            segment: Its loop; ignored, as the iteration, by what exists once per forward.
+            iteration: The iteration.
+
+        Raises:
+            UnknownNameError: If there is none such.
+        """
+        name = between_name(hook)
+        place = self._boundary_at.get((segment, iteration))
+        for known in (name, place and f"{place.prefix}.{name}"):
+            if known in self.sites:
+                return self.sites[known]
         raise UnknownNameError(
-            f"iteration {iteration} of {segment!r} does not exist: {self._describe_iterations(segment)}"
+            f"{hook!r} of {segment!r}, iteration {iteration}, does not exist as a site between blocks "
+            f"(and no layer was given): {self.describe()}"
         )
 
     def find(self, segment: str, iteration: Iteration, layer: int) -> Firing:

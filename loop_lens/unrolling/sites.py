@@ -28,6 +28,11 @@ class Firing:
         layer: Layer within the segment, from 0.
         block: The physical block that runs, as its place among all physical blocks.
         prefix: The loop spelling of its name, e.g. ``loop.3.blocks.2``.
+
+    Example:
+        >>> firing = model.schedule[8]
+        >>> firing.segment, firing.iteration, firing.layer, firing.prefix
+        ('loop', 3, 1, 'loop.3.blocks.1')
     """
 
     index: int
@@ -48,6 +53,11 @@ class Boundary:
         prefix: What its sites' names begin with, e.g. ``loop.3``; empty for the whole forward.
         first: Index of the first firing inside.
         last: Index of the last firing inside.
+
+    Example:
+        >>> boundary = model.schedule.boundaries[3]
+        >>> boundary.prefix, boundary.first, boundary.last
+        ('loop.3', 7, 8)
     """
 
     segment: str | None
@@ -175,7 +185,7 @@ class Site:
         """
         if isinstance(self.place, Firing):
             return Site(self.place, act_name(hook, self.place.index), self.schedule)
-        return Site(self.place, hook if hook.startswith("hook_") else f"hook_{hook}", self.schedule)
+        return Site(self.place, between_name(hook), self.schedule)
 
     def at(self, iteration: Iteration) -> Site:
         """The same hook at another iteration of its loop.
@@ -197,6 +207,11 @@ class Site:
 def short_name(hook: str) -> str:
     """A hook's name without what stands before it: ``attn.hook_pattern`` is ``pattern``."""
     return hook.rsplit(".", 1)[-1].removeprefix("hook_")
+
+
+def between_name(hook: str) -> str:
+    """The full name of a hook between blocks, given with or without its ``hook_``."""
+    return hook if hook.startswith("hook_") else f"hook_{hook}"
 
 
 def layout_of(hook: str) -> Layout:

@@ -21,6 +21,13 @@ def tied_clone(module: Module) -> Module:
     ``load_state_dict(assign=True)``) replaces it for all clones at once. Each copy has modules,
     hooks and plain containers of its own; all else that the tree refers to (configurations,
     functions, modules outside of it) is shared. Slots are left behind.
+
+    Example:
+        >>> from loop_lens.unrolling import tied_clone
+        >>> linear = torch.nn.Linear(2, 2)
+        >>> clone = tied_clone(linear)
+        >>> clone is linear, clone.weight is linear.weight
+        (False, True)
     """
     inside = list(module.modules())
     copies: dict[int, Any] = {id(m): own_class(m).__new__(own_class(m)) for m in inside}
@@ -83,7 +90,8 @@ def put_slot(module: nn.Module, slot: type[Slot], unroller: Caller, index: int) 
     own = type(module)
     namespace = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
     module.__class__ = type(own.__name__, (slot, own), namespace)
-    module.__dict__["_unroller"], module.__dict__["_slot"] = unroller, index
+    slotted: Any = module
+    slotted._unroller, slotted._slot = unroller, index
 
 
 def take_slot(module: nn.Module) -> None:
@@ -92,7 +100,7 @@ def take_slot(module: nn.Module) -> None:
         return
     slotted: Any = module
     slotted.__class__ = own_class(module)
-    del module.__dict__["_unroller"], module.__dict__["_slot"]
+    del slotted._unroller, slotted._slot
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:

@@ -16,6 +16,11 @@ class Blocks:
     Attributes:
         name: Name of the run; at the top level of a schedule it is also the segment's name.
         size: Number of blocks, at least 0.
+
+    Example:
+        >>> from loop_lens.unrolling import Blocks
+        >>> Blocks("prelude", 2)
+        Blocks(name='prelude', size=2)
     """
 
     name: str
@@ -35,6 +40,12 @@ class Loop:
         times: Number of iterations, at least 1.
         body: At most one run of blocks, and any loops nested in this one, in firing order.
         sites: Hook points that this loop has once per iteration, between its blocks.
+
+    Example:
+        >>> from loop_lens.unrolling import Blocks, Loop
+        >>> inner = Loop("L", 2, Blocks("L", 4))
+        >>> Loop("H", 3, inner, Blocks("H", 4)).times
+        3
     """
 
     name: str
@@ -66,6 +77,12 @@ class Segments:
     Attributes:
         parts: The segments in firing order.
         sites: Hook points that the model has once per forward, outside its blocks.
+
+    Example:
+        >>> from loop_lens.unrolling import Blocks, Loop, Schedule, Segments
+        >>> tree = Segments(Blocks("prelude", 2), Loop("loop", 3, Blocks("core", 4)))
+        >>> len(Schedule(tree))
+        14
     """
 
     parts: tuple[Blocks | Loop, ...]
@@ -77,7 +94,15 @@ class Segments:
 
 
 class UnknownNameError(KeyError):
-    """A hook name that the model does not have; the message lists what there is."""
+    """A hook name that the model does not have; the message lists what there is.
+
+    Example:
+        >>> try:
+        ...     model.name("resid_post", iteration=9, layer=0)
+        ... except loop_lens.UnknownNameError as error:
+        ...     print(error)
+        iteration 9 does not exist: iterations loop 0-7 ...
+    """
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""

@@ -60,6 +60,11 @@ class Run:
         rows: Which prompt each row of the batch belongs to [batch], None where row i is prompt i.
         offset: Positions before this forward's first, in its key-value cache.
         notes: Whatever an unroller's subclass keeps during one forward.
+
+    Example:
+        >>> with model.body.forward() as run:
+        ...     run.calls  # of the prelude's, the core's two and the coda's block
+        [0, 0, 0, 0]
     """
 
     calls: list[int]
@@ -108,7 +113,20 @@ def _renamed(name: str, loop: str, order: tuple[int, ...]) -> str:
 
 
 class FiringCountError(RuntimeError):
-    """A block was called more often in one forward than the schedule says."""
+    """A block was called more often in one forward than the schedule says.
+
+    Example:
+        >>> from loop_lens.unrolling import Blocks, FiringCountError, Schedule, Segments, Unroller
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2))
+        >>> unroller = Unroller(net, [net[0]], Schedule(Segments(Blocks("stack", 1))))
+        >>> unroller.install()
+        >>> with unroller.forward():
+        ...     try:
+        ...         net[0](net[0](torch.ones(2)))
+        ...     except FiringCountError as error:
+        ...         print(error)
+        block 0 was called more than 1 times in one forward, ...
+    """
 
 
 class Unroller:
@@ -124,6 +142,25 @@ class Unroller:
         schedule: What fires when.
         cache_slots: Give each firing a slot of its own in the key-value cache. Off for models
             that number the slots themselves.
+
+    Example:
+        >>> from loop_lens.unrolling import Blocks, Loop, Schedule, Segments, Unroller
+        >>> class Twice(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.block = torch.nn.Linear(2, 2)
+        ...     def forward(self, x):
+        ...         return self.block(self.block(x))
+        >>> net, fired = Twice(), []
+        >>> unroller = Unroller(net, [net.block], Schedule(Segments(Loop("loop", 2, Blocks("core", 1)))))
+        >>> def executor(run, firing, bare, args, kwargs):
+        ...     fired.append(firing.prefix)
+        ...     return bare(*args, **kwargs)
+        >>> unroller.executor = executor
+        >>> unroller.install()
+        >>> _ = net(torch.ones(2))
+        >>> fired
+        ['loop.0.blocks.0', 'loop.1.blocks.0']
     """
 
     def __init__(
@@ -261,15 +298,5 @@ class Unroller:
         visits = self.executed.visits[firing.block]
         if firing.index == visits[0]:
             return CacheSlot(cache, firing.block, firing.block)
-        later = self._later_slots.get(firing.index, 0)
+        later = self.executed.repeats[firing.index]
         return CacheSlot(cache, len(self.blocks) + later, firing.block)
-
-    @property
-    def _later_slots(self) -> dict[int, int]:
-        known: tuple[Schedule, dict[int, int]] | None = self.__dict__.get("_slot_table")
-        if known is None or known[0] is not self.executed:
-            first = {visits[0] for visits in self.executed.visits if visits}
-            later = (firing.index for firing in self.executed if firing.index not in first)
-            known = (self.executed, {index: k for k, index in enumerate(later)})
-            self.__dict__["_slot_table"] = known
-        return known[1]

@@ -1,0 +1,174 @@
+"""What a looped model has beyond an ordinary bridge: a schedule, numbers of iterations, names."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, Self
+
+from transformer_lens.model_bridge import TransformerBridge
+
+from loop_lens.bridge.firings import Firings
+from loop_lens.bridge.names import Select, find_site, select_sites
+from loop_lens.bridge.registry import HookRegistry
+from loop_lens.unrolling.body import LoopBody
+from loop_lens.unrolling.schedule import Schedule
+from loop_lens.unrolling.sites import Site
+from loop_lens.unrolling.tree import Iteration
+
+
+class LoopedBridge(TransformerBridge):
+    """A bridge over the firings of a loop: what fires, how often, and under which names.
+
+    Attributes:
+        body: What unrolls the model.
+        firings: What makes and runs the blocks of its firings.
+    """
+
+    body: LoopBody
+    firings: Firings
+
+    @property
+    def schedule(self) -> Schedule:
+        """The firings of one forward; prints as a tree.
+
+        Example:
+            >>> print(model.schedule)
+            prelude  1 block             firing  0
+            loop     8 x 2 blocks        firings 1-16
+            coda     1 block             firing  17
+        """
+        return self.body.schedule
+
+    @property
+    def recurrences(self) -> int:
+        """Number of iterations of the (outermost) loop.
+
+        Example:
+            >>> model.recurrences
+            8
+        """
+        return self.schedule.loops[self.schedule.main_loop].times
+
+    def set_recurrences(self, recurrences: int | None = None, **times: int) -> None:
+        """Change the number of iterations. Hooks stay with their iteration and layer.
+
+        Args:
+            recurrences: Iterations of the outermost loop.
+            **times: Iterations by loop name, for nested loops: ``set_recurrences(H=2, L=5)``.
+
+        Raises:
+            ValueError: If a number is below 1.
+
+        Example:
+            >>> model.set_recurrences(32)
+            >>> len(model.schedule), model.cfg.n_layers
+            (66, 66)
+        """
+        if recurrences is not None:
+            times[self.schedule.main_loop] = recurrences
+        for name, n in times.items():
+            if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+                raise ValueError(f"recurrences must be a whole number of at least 1, got {n!r} for {name!r}")
+        if self.body.order is not None:
+            raise RuntimeError("the iterations run in another order: leave that context before changing R")
+        self.body.set_times(**times)
+        self.firings.reschedule()
+
+    @contextmanager
+    def at_recurrences(self, recurrences: int | None = None, **times: int) -> Generator[Self, None, None]:
+        """Other numbers of iterations within a context, see `set_recurrences`.
+
+        Example:
+            >>> with model.at_recurrences(2):
+            ...     model(prompt).shape, model.recurrences
+            (torch.Size([1, 11, 11]), 2)
+        """
+        before = {name: loop.times for name, loop in self.schedule.loops.items()}
+        self.set_recurrences(recurrences, **times)
+        try:
+            yield self
+        finally:
+            self.set_recurrences(**before)
+
+    @property
+    def initial_state(self) -> Any:
+        """What the state before the first iteration is made from: a seed, ``"zeros"`` or a tensor
+        [batch pos d_model]; None where the model leaves no choice.
+
+        Example:
+            >>> model.initial_state
+            0
+        """
+        return self.body.initial_state
+
+    @initial_state.setter
+    def initial_state(self, value: Any) -> None:
+        self.body.set_initial_state(value)
+
+    @property
+    def registry(self) -> HookRegistry:
+        """All hook points by name."""
+        return self._hook_registry  # type: ignore[return-value]
+
+    def name(
+        self, hook: str, *, iteration: Iteration = None, layer: int | None = None, segment: str | None = None
+    ) -> str:
+        """The loop spelling of one hook's name.
+
+        Args:
+            hook: transformer-lens' short name (``"resid_post"``, ``"pattern"``), a full one within
+                the block (``"attn.hook_pattern"``), or a site between blocks (``"state_in"``).
+            iteration: Iteration of the loop, a tuple (outermost first) in nested loops.
+            layer: Layer within the segment; none for sites between blocks.
+            segment: ``"prelude"``, ``"coda"``, or a loop; the innermost loop by default.
+
+        Raises:
+            KeyError: If there is no such hook; says which iterations, layers and hooks there are.
+
+        Example:
+            >>> model.name("pattern", iteration=3, layer=1)
+            'loop.3.blocks.1.attn.hook_pattern'
+            >>> model.name("state_in", iteration=3), model.name("resid_post", segment="coda", layer=0)
+            ('loop.3.hook_state_in', 'coda.blocks.0.hook_resid_post')
+        """
+        return find_site(self, hook, iteration=iteration, layer=layer, segment=segment).name
+
+    def names(
+        self, hook: str, *, iteration: Select = None, layer: Select = None, segment: str | None = None
+    ) -> list[str]:
+        """Loop spellings of one hook at many places, for ``names_filter``.
+
+        Args:
+            hook: As for `name`.
+            iteration: One, several or a slice of the segment's iterations in firing order; all by
+                default.
+            layer: One, several or a slice of its layers; all by default.
+            segment: One segment; without one the innermost loop, or every segment if neither
+                iteration nor layer is given.
+
+        Raises:
+            KeyError: If there is no such hook, iteration or layer.
+
+        Example:
+            >>> model.names("resid_post", iteration=slice(6, None), layer=1)
+            ['loop.6.blocks.1.hook_resid_post', 'loop.7.blocks.1.hook_resid_post']
+        """
+        sites = select_sites(self, hook, iteration=iteration, layer=layer, segment=segment)
+        return [site.name for site in sites]
+
+    def locate(self, name: str) -> Site:
+        """The site of a name, in either spelling: its place, its hook, and its other names.
+
+        Raises:
+            KeyError: If there is no such hook; says what there is.
+
+        Example:
+            >>> site = model.locate("blocks.8.attn.hook_pattern")
+            >>> site.name, site.iteration, site.layer
+            ('loop.3.blocks.1.attn.hook_pattern', 3, 1)
+            >>> place, hook = site
+            >>> place.index, hook
+            (8, 'attn.hook_pattern')
+        """
+        return self.registry.locate(name)
