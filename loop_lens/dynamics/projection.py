@@ -110,8 +110,8 @@ class Trajectories(Result):
         size = (3.4 if dims == 3 else 3) * len(quarters)
         figure, panels = new_figure(size, 3.4, 1, len(quarters), squeeze=False, **options)
         shown = self.coordinates[prompt].flatten(0, 1)
-        ends = zip(shown.amin(0).tolist(), shown.amax(0).tolist(), strict=True)
-        limits = [(low - 0.05 * (high - low), high + 0.05 * (high - low)) for low, high in ends]
+        reach = zip(shown.amin(0).tolist(), shown.amax(0).tolist(), strict=True)
+        limits = [(low - 0.05 * (high - low), high + 0.05 * (high - low)) for low, high in reach]
         for axes, quarter in zip(panels[0], quarters, strict=True):
             at = [i for i, q in enumerate(self.quartile) if q == quarter]
             for k, layer in enumerate(self.layers):
