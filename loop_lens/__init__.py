@@ -2,7 +2,8 @@
 
 from loop_lens.bridge.cache import LoopCache
 from loop_lens.bridge.model import HookedLoopedTransformer
-from loop_lens.interventions.sweep import SweepResult, patch_sweep
+from loop_lens.interventions.results import SweepResult
+from loop_lens.interventions.sweep import patch_sweep
 from loop_lens.lenses.attribution import attribute
 from loop_lens.lenses.readout import lens
 from loop_lens.models.native import LoopedConfig, LoopedTransformer

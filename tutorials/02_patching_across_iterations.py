@@ -32,7 +32,6 @@ from loop_lens.interventions import (
     LogitDiff,
     PathNode,
     ablate,
-    attribution_sweep,
     freeze,
     path_patch,
     skip,
@@ -208,7 +207,7 @@ assert torch.allclose(share[:, 3], mlps.recovered[:, writer[0]], atol=1e-4)
 figure, panels = plt.subplots(1, 2, figsize=(8, 3.4), sharey=True)
 for axes, method in zip(panels, ("attribution", "integrated"), strict=True):
     for site, patched in (("z", heads), ("resid_post", stream)):
-        guess = attribution_sweep(model, *prompts, metric, site=site, over=patched.axes, method=method)
+        guess = loop_lens.patch_sweep(model, *prompts, metric, site=site, over=patched.axes, method=method)
         r = torch.corrcoef(torch.stack([guess.effect.flatten(), patched.effect.flatten()]))[0, 1]
         early = guess.recovered[3, :10].mean() if site == "resid_post" else torch.tensor(float("nan"))
         axes.plot(patched.recovered.flatten(), guess.recovered.flatten(), ".", label=f"{site}, r = {r:.3f}")

@@ -1,23 +1,12 @@
 """Interventions across iterations: sweeps, surgery, gradients, paths."""
 
+from loop_lens.interventions.altering import ablate, add_noise, edit, steer
 from loop_lens.interventions.edits import Edit, Surgery, View
-from loop_lens.interventions.gradients import attribution_sweep
 from loop_lens.interventions.metrics import KL, LogitDiff, Metric, NextTokenLoss, Probability, Rank
+from loop_lens.interventions.moving import freeze, reorder, replace_injection, skip, transplant
 from loop_lens.interventions.paths import PathNode, PathResult, path_patch
-from loop_lens.interventions.surgery import (
-    ablate,
-    add_noise,
-    cut_injection,
-    edit,
-    freeze,
-    reorder,
-    replace_injection,
-    skip,
-    steer,
-    stop_after,
-    transplant,
-)
-from loop_lens.interventions.sweep import SweepResult, patch_sweep
+from loop_lens.interventions.results import SweepResult
+from loop_lens.interventions.sweep import patch_sweep
 
 __all__ = [
     "KL",
@@ -34,8 +23,6 @@ __all__ = [
     "View",
     "ablate",
     "add_noise",
-    "attribution_sweep",
-    "cut_injection",
     "edit",
     "freeze",
     "patch_sweep",
@@ -44,6 +31,5 @@ __all__ = [
     "replace_injection",
     "skip",
     "steer",
-    "stop_after",
     "transplant",
 ]

@@ -13,12 +13,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.unrolling.sites import Layout, layout_of
+
+_ACTIVE: WeakKeyDictionary[HookedLoopedTransformer, list[Edit]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,16 @@ class View:
         offset: Positions before its first one.
         rows: The prompt of each row [batch], None where row i is prompt i.
         live: Values of the sites that the edit reads, in this very forward.
+
+    Example:
+        >>> from loop_lens.interventions import edit
+        >>> def double_from_the_fifth(value, view):
+        ...     position = view.offset + torch.arange(view.length(value))
+        ...     return torch.where(position[:, None] < 5, value, 2 * value)
+        >>> with edit(model, "mlp_out", double_from_the_fifth, iterations=0):
+        ...     changed = model(prompt)
+        >>> (changed != model(prompt)).any(-1)[0].tolist().index(True)
+        5
     """
 
     layout: Layout
@@ -82,6 +95,14 @@ class Edit:
         reads: Hooks, earlier in the same forward, whose values the change needs.
         positions: Positions to change, from 0; all by default.
         heads: Heads to change; all by default.
+
+    Example:
+        >>> from loop_lens.interventions import Edit, Surgery
+        >>> zero = Edit("loop.2.blocks.1.hook_mlp_out", lambda value, view: 0 * value, positions=(8,))
+        >>> with Surgery(model, [zero]):
+        ...     _, cache = model.run_with_cache(prompt)
+        >>> cache["loop.2.blocks.1.hook_mlp_out"][0, 8].abs().max().item()
+        0.0
     """
 
     name: str
@@ -130,6 +151,14 @@ class Surgery:
     Attributes:
         model: The model.
         edits: What to change.
+
+    Example:
+        >>> from loop_lens.interventions import skip, steer
+        >>> surgery = skip(model, 3)
+        >>> with surgery, steer(model, torch.ones(64), iterations=0):
+        ...     logits = model(prompt)
+        >>> [edit.name for edit in surgery.edits]
+        ['loop.3.hook_state_out']
     """
 
     model: HookedLoopedTransformer
@@ -171,7 +200,7 @@ class Surgery:
 
 def active_edits(model: HookedLoopedTransformer) -> list[Edit]:
     """The edits in force on a model."""
-    return model.__dict__.setdefault("_edits", [])
+    return _ACTIVE.setdefault(model, [])
 
 
 def _remove(active: list[Edit], edits: Sequence[Edit]) -> None:

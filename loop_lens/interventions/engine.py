@@ -106,11 +106,11 @@ class Engine:
         self.kept: dict[str, Tensor] = {}
         self.prefix: list[tuple[Tensor, Tensor]] = []
 
-    def start_of(self, spots: Sequence[Site]) -> int:
-        """The firing from which a forward must run to intervene at these spots; -1 for the tokens."""
+    def start_of(self, sites: Sequence[Site]) -> int:
+        """The firing from which a forward must run to intervene at these sites; -1 for the tokens."""
         if not self.abilities.resumed:
             return -1
-        start = min(one.start for one in spots)
+        start = min(site.start for site in sites)
         # What an edit reads must fire in the same forward as the edit.
         for edit in active_edits(self.model):
             if self.model.locate(edit.name).start >= start:

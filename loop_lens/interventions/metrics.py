@@ -27,6 +27,14 @@ class Metric:
 
     Attributes:
         position: Where it reads; the last position by default.
+
+    Example:
+        >>> from loop_lens.interventions import Metric
+        >>> class Top(Metric):
+        ...     def at(self, logits):
+        ...         return logits.max(-1).values
+        >>> Top()(torch.zeros(2, 5, 11))
+        tensor([0., 0.])
     """
 
     def at(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
@@ -74,6 +82,11 @@ class LogitDiff(Metric):
         correct: The token that counts as right.
         wrong: The one that counts as wrong.
         position: Where to read.
+
+    Example:
+        >>> from loop_lens.interventions import LogitDiff
+        >>> LogitDiff("c", "a", position=-3).bind(model)(model(prompt)).item() > 5
+        True
     """
 
     correct: Tokens = field(metadata=_AS_IDS)
@@ -92,6 +105,11 @@ class Probability(Metric):
         token: The token.
         position: Where to read.
         log: Whether to give the logarithm.
+
+    Example:
+        >>> from loop_lens.interventions import Probability
+        >>> Probability("c", position=-3).bind(model)(model(prompt)).item() > 0.99
+        True
     """
 
     token: Tokens = field(metadata=_AS_IDS)
@@ -110,6 +128,11 @@ class Rank(Metric):
     Attributes:
         token: The token.
         position: Where to read.
+
+    Example:
+        >>> from loop_lens.interventions import Rank
+        >>> Rank("c", position=-3).bind(model)(model(prompt))
+        tensor([0.])
     """
 
     token: Tokens = field(metadata=_AS_IDS)
@@ -126,6 +149,12 @@ class KL(Metric):
     Attributes:
         reference: Logits [batch vocab] or [batch pos vocab] of the reference run.
         position: Where to read.
+
+    Example:
+        >>> from loop_lens.interventions import KL
+        >>> logits = model(prompt)
+        >>> KL(logits)(logits).item()
+        0.0
     """
 
     reference: Tensor
@@ -146,6 +175,12 @@ class NextTokenLoss:
 
     Attributes:
         tokens: The prompts' tokens [batch pos].
+
+    Example:
+        >>> from loop_lens.interventions import NextTokenLoss
+        >>> tokens = torch.tensor([[0, 1, 2]])
+        >>> NextTokenLoss(tokens)(torch.zeros(1, 3, 4)).item()  # the logarithm of 4 tokens
+        1.386...
     """
 
     tokens: Int[Tensor, "batch pos"]

@@ -9,8 +9,8 @@ mediators. A second run gives one receiver that value, and is free otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import pandas as pd
 import torch
@@ -18,11 +18,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loop_lens.bridge.model import HookedLoopedTransformer
-from loop_lens.bridge.names import find_sites, n_heads
+from loop_lens.bridge.names import find_sites
 from loop_lens.figures.canvas import new_figure
 from loop_lens.figures.heatmap import draw_heatmap
+from loop_lens.interventions.grid import Direction, Pair
 from loop_lens.interventions.metrics import MetricLike, bind, per_prompt
-from loop_lens.interventions.sweep import Direction, Prompts
+from loop_lens.interventions.where import require_head
+from loop_lens.measuring.results import Result, require_alike
 from loop_lens.unrolling.sites import Firing, Site
 from loop_lens.unrolling.tree import Iteration
 
@@ -39,6 +41,11 @@ class PathNode:
         layer: Layer within the segment.
         head: Head, for sites that have heads; all of them by default.
         segment: Segment; the innermost loop by default.
+
+    Example:
+        >>> from loop_lens.interventions import PathNode
+        >>> str(PathNode("z", iteration=0, layer=1, head=3))
+        't0.l1.z.h3'
     """
 
     site: str
@@ -53,7 +60,7 @@ class PathNode:
         where += [f"l{self.layer}", self.site]
         return ".".join(where) + ("" if self.head is None else f".h{self.head}")
 
-    def spot(self, model: HookedLoopedTransformer) -> Site:
+    def at(self, model: HookedLoopedTransformer) -> Site:
         """Where it is.
 
         Raises:
@@ -65,9 +72,7 @@ class PathNode:
         if self.head is not None:
             if found.layout == "stream":
                 raise ValueError(f"{self} names a head, but {self.site} has none")
-            n = n_heads(model, found.flat)
-            if not 0 <= self.head < n:
-                raise ValueError(f"{self} does not exist: {self.site} has heads 0-{n - 1}")
+            require_head(model, found, self.head)
         return found
 
     def part(self, layout: str) -> tuple[Any, ...]:
@@ -78,24 +83,46 @@ class PathNode:
 
 
 @dataclass(frozen=True)
-class PathResult:
+class PathResult(Result):
     """A metric under path patches.
 
     Attributes:
         values: The metric, averaged over prompts [sender receiver].
-        senders: The senders.
-        receivers: The receivers; None for the logits.
+        senders: The senders, as text.
+        receivers: The receivers, as text; ``"logits"`` for the logits.
         clean: The metric of the clean run.
         corrupted: The metric of the corrupted run.
         direction: ``"denoising"`` or ``"noising"``.
+        n_prompts: Number of prompts that the means are over.
+
+    Example:
+        >>> from loop_lens.interventions import LogitDiff, PathNode, path_patch
+        >>> other, metric = "a c c b b a ? b -> -> ->", LogitDiff("c", "a", position=-3)
+        >>> sender = PathNode("mlp_out", iteration=0, layer=1)
+        >>> path_patch(model, prompt, other, metric, senders=sender).to_dataframe().columns.tolist()
+        ['sender', 'receiver', 'value', 'effect']
     """
 
     values: Tensor
-    senders: tuple[PathNode, ...]
-    receivers: tuple[PathNode | None, ...]
+    senders: tuple[str, ...]
+    receivers: tuple[str, ...]
     clean: float
     corrupted: float
     direction: str
+    n_prompts: int = 1
+
+    def merge(self, other: Self) -> Self:
+        """The effects over both results' prompts."""
+        require_alike(self, other, "senders", "receivers", "direction")
+        n = self.n_prompts + other.n_prompts
+        mine, theirs = self.n_prompts / n, other.n_prompts / n
+        return replace(
+            self,
+            values=self.values * mine + other.values * theirs,
+            clean=self.clean * mine + other.clean * theirs,
+            corrupted=self.corrupted * mine + other.corrupted * theirs,
+            n_prompts=n,
+        )
 
     @property
     def effect(self) -> Tensor:
@@ -104,14 +131,13 @@ class PathResult:
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per sender and receiver: value and effect."""
-        receivers = [_text(receiver) for receiver in self.receivers]
         return pd.DataFrame(
             [
-                {"sender": str(sender), "receiver": receiver, "value": value, "effect": effect}
+                {"sender": sender, "receiver": receiver, "value": value, "effect": effect}
                 for sender, values, effects in zip(
                     self.senders, self.values.tolist(), self.effect.tolist(), strict=True
                 )
-                for receiver, value, effect in zip(receivers, values, effects, strict=True)
+                for receiver, value, effect in zip(self.receivers, values, effects, strict=True)
             ]
         )
 
@@ -123,8 +149,8 @@ class PathResult:
         image = draw_heatmap(
             axes,
             self.effect.cpu(),
-            rows=[str(s) for s in self.senders],
-            columns=[_text(r) for r in self.receivers],
+            rows=list(self.senders),
+            columns=list(self.receivers),
             row_name="sender",
             column_name="receiver",
         )
@@ -154,8 +180,8 @@ def path_patch(
     Args:
         model: The model.
         clean: As in `loop_lens.patch_sweep`.
-        corrupted: As there.
-        metric: As there.
+        corrupted: As in `loop_lens.patch_sweep`.
+        metric: As in `loop_lens.patch_sweep`.
         senders: Sites that get the donor's value, one at a time: ``PathNode("z", iteration=0, layer=1, head=3)``.
         receivers: Sites that read what comes of it, one at a time: ``PathNode("q", iteration=2, layer=0,
             head=1)``; None for the logits.
@@ -172,21 +198,27 @@ def path_patch(
     Source:
         Wang et al., arXiv 2211.00593, appendix B; here the stream between sender and receiver keeps the
         norms and injections of the loop, so "direct" holds on streams that are not one sum, too.
+
+    Example:
+        >>> from loop_lens.interventions import LogitDiff, PathNode, path_patch
+        >>> other, metric = "a c c b b a ? b -> -> ->", LogitDiff("c", "a", position=-3)
+        >>> to = PathNode("q", iteration=2, layer=0, head=1)
+        >>> sender = PathNode("mlp_out", iteration=0, layer=1)
+        >>> path_patch(model, prompt, other, metric, senders=sender, receivers=[to, None]).effect.shape
+        torch.Size([1, 2])
     """
     measure = bind(metric, model)
-    prompts = Prompts.of(model, clean, corrupted, direction)
+    pair = Pair.of(model, clean, corrupted, direction)
     froms = (senders,) if isinstance(senders, PathNode) else tuple(senders)
     tos = (receivers,) if isinstance(receivers, PathNode) or receivers is None else tuple(receivers)
     if not froms or not tos:
         raise ValueError("give at least one sender and one receiver (None for the logits)")
     _require_order(model, froms, tos)
     held = _held(model, mediators)
-    places = {node: node.spot(model) for node in (*froms, *tos) if node is not None}
+    places = {node: node.at(model) for node in (*froms, *tos) if node is not None}
     names = [*dict.fromkeys([*(s.flat for s in places.values()), *(name for name, _ in held)])]
-    donor_logits, donor = model.run_with_cache(
-        prompts.donor, names_filter=[places[node].flat for node in froms]
-    )
-    base_logits, base = model.run_with_cache(prompts.base, names_filter=names)
+    donor_logits, donor = model.run_with_cache(pair.donor, names_filter=[places[node].flat for node in froms])
+    base_logits, base = model.run_with_cache(pair.base, names_filter=names)
     values = torch.full((len(froms), len(tos)), float("nan"))
     with tqdm(total=values.numel(), desc="paths", delay=2, disable=not progress, leave=False) as bar:
         for i, sender in enumerate(froms):
@@ -195,26 +227,27 @@ def path_patch(
             seen: dict[str, Tensor] = {}
             hooks: list[Hook] = [(where.flat, patch), *_hold(model, held, base, where)]
             hooks += [(places[n].flat, _see(seen, places[n].flat)) for n in tos if n is not None]
-            logits = model.run_with_hooks(prompts.base, fwd_hooks=hooks)
+            logits = model.run_with_hooks(pair.base, fwd_hooks=hooks)
             for j, receiver in enumerate(tos):
                 if receiver is None:
-                    values[i, j] = _mean(measure, logits, len(prompts.base))
+                    values[i, j] = _mean(measure, logits, len(pair.base))
                 else:
                     there = places[receiver]
                     reached = [(there.flat, _put(receiver, there, seen[there.flat]))]
                     values[i, j] = _mean(
-                        measure, model.run_with_hooks(prompts.base, fwd_hooks=reached), len(prompts.base)
+                        measure, model.run_with_hooks(pair.base, fwd_hooks=reached), len(pair.base)
                     )
                 bar.update()
-    plain = (_mean(measure, logits, len(prompts.base)) for logits in (base_logits, donor_logits))
-    clean_value, corrupted_value = prompts.by_role(*plain)
+    plain = (_mean(measure, logits, len(pair.base)) for logits in (base_logits, donor_logits))
+    clean_value, corrupted_value = pair.by_role(*plain)
     return PathResult(
         values=values,
-        senders=froms,
-        receivers=tos,
+        senders=tuple(map(str, froms)),
+        receivers=tuple(map(_text, tos)),
         clean=clean_value,
         corrupted=corrupted_value,
         direction=direction,
+        n_prompts=len(pair.base),
     )
 
 
@@ -229,7 +262,7 @@ def _require_order(
         for receiver in receivers:
             if receiver is None:
                 continue
-            if receiver.spot(model).start < sender.spot(model).start:
+            if receiver.at(model).start < sender.at(model).start:
                 raise ValueError(f"{receiver} fires before {sender}: nothing can reach it")
 
 
@@ -243,7 +276,7 @@ def _held(
     for node in mediators:
         assert isinstance(node, PathNode)
         kind = {"attn_out": "attn", "z": "attn", "mlp_out": "mlp"}.get(node.site)
-        place = node.spot(model).place
+        place = node.at(model).place
         if kind is None or not isinstance(place, Firing):
             raise ValueError(f"the mediator {node} is neither attention (attn_out, z) nor an MLP (mlp_out)")
         free.setdefault((place.prefix, kind), []).append(node.head)

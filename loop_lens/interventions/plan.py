@@ -29,7 +29,7 @@ class Cell:
 
     Attributes:
         index: Its place in the result.
-        spots: Where it intervenes.
+        sites: Where it intervenes.
         position: The position that it patches, None for all.
         head: The head that it patches, None for all.
         start: Firing from which it must run, -1 for from the tokens on.
@@ -37,7 +37,7 @@ class Cell:
     """
 
     index: tuple[int, ...]
-    spots: tuple[Site, ...]
+    sites: tuple[Site, ...]
     position: int | None
     head: int | None
     start: int

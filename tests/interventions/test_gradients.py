@@ -10,7 +10,7 @@ from torch import Tensor
 from transformer_lens.tools.analysis.attribution_patching import attribution_patch
 
 from loop_lens import patch_sweep
-from loop_lens.interventions import LogitDiff, Rank, attribution_sweep, skip
+from loop_lens.interventions import LogitDiff, Rank, skip
 from tests.interventions.models import MODELS, difference, opened, prompts, wrapped
 from tests.oracles.twin import untied_twin
 
@@ -24,7 +24,7 @@ def test_first_order_is_the_derivative_of_patching(name: str, site: str) -> None
     with torch.no_grad():
         _, given = model.run_with_cache(clean)
     axes = ("iteration", "layer", "position")
-    result = attribution_sweep(model, clean, corrupted, difference, site=site, over=axes)
+    result = patch_sweep(model, clean, corrupted, difference, site=site, over=axes, method="attribution")
     assert result.method == "attribution" and result.per_prompt is not None
     t = result.labels["iteration"][1]
     key = model.name(site, iteration=t, layer=0)
@@ -52,8 +52,18 @@ def test_transformer_lens_own_tool_on_the_untied_twin() -> None:
     scores = {
         (node.kind, node.layer, node.position, node.head): score for node, score in theirs.node_scores.items()
     }
-    z = attribution_sweep(model, clean, corrupted, difference, site="z", over=("firing", "position", "head"))
-    mlp = attribution_sweep(model, clean, corrupted, difference, site="mlp_out", over=("firing", "position"))
+    z = patch_sweep(
+        model,
+        clean,
+        corrupted,
+        difference,
+        site="z",
+        over=("firing", "position", "head"),
+        method="attribution",
+    )
+    mlp = patch_sweep(
+        model, clean, corrupted, difference, site="mlp_out", over=("firing", "position"), method="attribution"
+    )
     n, seen = len(model.schedule), 0
     for layer in range(n):
         for p in range(clean.shape[1]):
@@ -72,7 +82,7 @@ def test_integrated_gradients_add_up_to_the_patch(name: str, site: str) -> None:
     clean, corrupted = prompts(model)
     over = ("iteration",) if site == "state_out" else ("iteration", "layer")
     whole = patch_sweep(model, clean, corrupted, difference, site=site, over=over)
-    parts = attribution_sweep(
+    parts = patch_sweep(
         model,
         clean,
         corrupted,
@@ -90,11 +100,13 @@ def test_integrated_gradients_add_up_to_the_patch(name: str, site: str) -> None:
 def test_scalar_metrics_and_surgery() -> None:
     model = opened("ouro")
     clean, corrupted = prompts(model)
-    each = attribution_sweep(model, clean, corrupted, difference, site="resid_post")
-    mean = attribution_sweep(model, clean, corrupted, lambda x: difference(x).mean(), site="resid_post")
+    each = patch_sweep(model, clean, corrupted, difference, site="resid_post", method="attribution")
+    mean = patch_sweep(
+        model, clean, corrupted, lambda x: difference(x).mean(), site="resid_post", method="attribution"
+    )
     assert torch.allclose(each.values, mean.values, atol=1e-6) and mean.per_prompt is None
     with skip(model, 1):
-        skipped = attribution_sweep(model, clean, corrupted, difference, site="resid_post")
+        skipped = patch_sweep(model, clean, corrupted, difference, site="resid_post", method="attribution")
     assert skipped.effect[1].abs().max() == 0 and skipped.effect[0].abs().max() > 0
     model.set_recurrences(3)
     assert all(p.grad is None for p in model.original_model.parameters())
@@ -104,13 +116,13 @@ def test_bad_requests() -> None:
     model = wrapped()
     clean, corrupted = prompts(model)
     with pytest.raises(ValueError, match="method 'ig' is unknown"):
-        attribution_sweep(model, clean, corrupted, difference, site="z", method="ig")  # type: ignore[arg-type]
+        patch_sweep(model, clean, corrupted, difference, site="z", method="ig")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="steps"):
-        attribution_sweep(model, clean, corrupted, difference, site="z", method="integrated", steps=0)
+        patch_sweep(model, clean, corrupted, difference, site="z", method="integrated", steps=0)
     with pytest.raises(ValueError, match="has no gradient of its own"):
-        attribution_sweep(model, clean, corrupted, difference, site="resid_mid")
+        patch_sweep(model, clean, corrupted, difference, site="resid_mid", method="attribution")
     with pytest.raises(ValueError, match="metric has no gradient"):
-        attribution_sweep(model, clean, corrupted, Rank(3), site="z")
+        patch_sweep(model, clean, corrupted, Rank(3), site="z", method="attribution")
     with pytest.raises(ValueError, match="equal length"):
-        attribution_sweep(model, clean, corrupted[:, :5], LogitDiff(3, 4), site="z")
+        patch_sweep(model, clean, corrupted[:, :5], LogitDiff(3, 4), site="z", method="attribution")
     assert not any(point.fwd_hooks or point.bwd_hooks for point in model.registry.existing())

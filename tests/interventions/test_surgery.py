@@ -15,14 +15,12 @@ from loop_lens import HookedLoopedTransformer, UnknownNameError, patch_sweep
 from loop_lens.interventions import (
     ablate,
     add_noise,
-    cut_injection,
     edit,
     freeze,
     reorder,
     replace_injection,
     skip,
     steer,
-    stop_after,
     transplant,
 )
 from tests.interventions.models import MODELS, difference, opened, prompts, wrapped
@@ -187,8 +185,8 @@ def test_cutting_and_replacing_the_injection() -> None:
         return model.run_with_hooks(tokens, fwd_hooks=hooks)
 
     cases: list[tuple[Any, Tensor]] = [
-        (cut_injection(model, [1, 2]), by_hand(lambda s: adapter(s, torch.zeros_like(s)), [1, 2])),
-        (cut_injection(model, 1, mode="bypass"), by_hand(lambda s: s, [1])),
+        (replace_injection(model, None, [1, 2]), by_hand(lambda s: adapter(s, torch.zeros_like(s)), [1, 2])),
+        (replace_injection(model, "bypass", 1), by_hand(lambda s: s, [1])),
         (
             replace_injection(model, cache["hook_prelude_out"], 2),
             by_hand(lambda s: adapter(s, cache["hook_prelude_out"]), [2]),
@@ -205,7 +203,7 @@ def test_cutting_and_replacing_the_injection() -> None:
             assert torch.allclose(model(tokens), expected, atol=1e-6)
         assert not torch.allclose(model(tokens), expected, atol=1e-6)
     with pytest.raises(UnknownNameError, match="injected"):
-        cut_injection(opened("ouro"))
+        replace_injection(opened("ouro"), None)
 
 
 def _prelude_out(model: Model, tokens: Tensor) -> Tensor:
@@ -269,9 +267,8 @@ def test_stopping_early_is_a_smaller_number_of_iterations() -> None:
     model = opened("ouro")
     tokens, _ = prompts(model)
     with model.at_recurrences(2):
-        two = model(tokens)
-    with stop_after(model, 2):
-        assert torch.equal(model(tokens), two)
+        assert torch.equal(model(tokens), model(tokens, recurrences=2))
+        assert len(model.schedule) == 2 * len(model.body.blocks)
 
 
 SURGERIES: dict[str, Surgery] = {
