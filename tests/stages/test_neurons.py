@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from loop_lens.measuring.run import schedule_of
-from loop_lens.stages import NeuronFractions, prediction_neurons
-from loop_lens.stages import neurons as module
+from loop_lens.stages import NeuronFractions, directions, prediction_neurons
 from tests.interventions.models import FAMILIES, opened, wrapped
 from tests.stages.models import feed_forward
 
@@ -129,8 +128,8 @@ def test_neurons_made_by_hand_are_found() -> None:
 def test_blocks_of_tokens_and_neurons_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = opened("huginn")
     whole = prediction_neurons(model)
-    monkeypatch.setattr(module, "_TOKENS", 37)
-    monkeypatch.setattr(module, "_NEURONS", 10)
+    monkeypatch.setattr(directions, "TOKENS", 37)
+    monkeypatch.setattr(directions, "NEURONS", 10)
     parts = prediction_neurons(model)
     assert torch.allclose(parts.kurtosis, whole.kurtosis, rtol=1e-5)
     assert torch.allclose(parts.skew, whole.skew, rtol=1e-4, atol=1e-5)
