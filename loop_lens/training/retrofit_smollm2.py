@@ -10,9 +10,9 @@ import typer
 from loop_lens.data.text import TextTask
 from loop_lens.shipped.smollm2 import load_smollm2
 from loop_lens.training.config import TrainingConfig
+from loop_lens.training.pretrained import retrofit
 from loop_lens.training.recurrences import Fixed
 from loop_lens.training.result import TrainingResult
-from loop_lens.training.retrofit import retrofit
 from loop_lens.training.trainer import train
 
 PRELUDE, CORE, CODA = range(0, 8), range(12, 22), range(22, 30)

@@ -178,8 +178,10 @@ class _Training:
             self.accelerator.unwrap_model(forward, keep_fp32_wrapper=False)
         self._finish()
         levels = config.curriculum.levels if config.curriculum else ()
-        passed = dict(zip(levels, self.at.curriculum.passed, strict=False))
-        return TrainingResult(model, self.folder, table(self.at), self.at.done, passed, self.at.seconds)
+        passed = tuple(zip(levels, self.at.curriculum.passed, strict=False))
+        log = table(self.at)
+        columns = {str(name): torch.from_numpy(log[name].to_numpy(copy=True)) for name in log}
+        return TrainingResult(str(self.folder), columns, self.at.done, passed, self.at.seconds, trained=model)
 
     def _begin(self, resume: bool) -> None:
         if self.accelerator.is_main_process:

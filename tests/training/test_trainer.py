@@ -28,6 +28,7 @@ from loop_lens.training import (
     Ramp,
     StepRecord,
     TrainingConfig,
+    TrainingResult,
     Uniform,
     WeightedIterations,
     checkpoints,
@@ -159,6 +160,9 @@ def test_log_holds_the_loss_of_the_weights_and_the_means_of_its_steps(tmp_path: 
     assert seen[0].loss == pytest.approx(expected.item(), abs=1e-6)
     assert (result.folder / "log.csv").exists()
     result.plot()
+    result.save(tmp_path / "result.safetensors")
+    loaded = TrainingResult.load(tmp_path / "result.safetensors")
+    assert loaded.log.equals(log) and same_weights(loaded.model, model)
 
 
 NORMS = ("pre", "sandwich", "post_branch", "post_residual")
