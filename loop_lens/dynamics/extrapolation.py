@@ -15,7 +15,7 @@ from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics.converging import Convergence, ConvergenceProbe
 from loop_lens.figures.canvas import new_figure
 from loop_lens.figures.lines import draw_band
-from loop_lens.lenses.readers import coda_start, is_normed, read_stream, run_coda
+from loop_lens.lenses.coda import CodaLens
 from loop_lens.lenses.readout import CHUNK
 from loop_lens.measuring.moments import Collector, DivergedError, Measured, Moments
 from loop_lens.measuring.probe import Probe
@@ -145,11 +145,7 @@ class ExtrapolationProbe(Probe):
 
     def _read(self, state: Tensor, at: Site) -> Float[Tensor, "token vocab"]:
         """Logits of the labelled positions, by the model's own end."""
-        first = coda_start(self._model)
-        if first is not None:
-            return run_coda(self._model, state, first)[self.mask]
-        ended = self._model.body.enter_coda(state)[self.mask]
-        return read_stream(self._model, ended, normed=is_normed(self._model, at))
+        return CodaLens().read_at(state, self.mask, at, self._model)
 
     def compare(self, recurrences: int, logits: Float[Tensor, "token vocab"]) -> None:
         """Compare the logits of the labelled positions with the reference's, which come first."""

@@ -1,4 +1,4 @@
-"""When a looped model could stop: exit rules, what it would say, and what that costs."""
+"""Where each token could leave the loop, what the model would say there, and what that costs."""
 
 from __future__ import annotations
 
@@ -12,134 +12,22 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from loop_lens.bridge.model import HookedLoopedTransformer
-from loop_lens.bridge.names import find_sites
-from loop_lens.figures.canvas import new_figure
-from loop_lens.lenses.readers import reader
-from loop_lens.prompts.reader import read_together
-
-EXIT_RULES: dict[str, float] = {
-    "entropy": 1e-3,
-    "latent": 0.03,
-    "cosine": 1e-3,
-    "kl": 1e-3,
-    "minp_kl": 1e-5,
-    "argmax": 5,
-    "acceleration": 0.05,
-    "gate": 0.5,
-}
-"""Exit rules with their default thresholds.
-
-Huginn's six, with the defaults that were published with it, each comparing an iteration with the one before:
-entropy: |H_t - H_(t-1)|. latent: |x_t - x_(t-1)| / |x_t|. cosine: 1 - cos(x_t, x_(t-1)). kl: KL(p_(t-1) || p_t).
-minp_kl: the same after tokens below a tenth of the most likely one were set to 1/vocab. argmax: for how many
-iterations the top token stayed (exits at or above the threshold; all others exit below it).
-acceleration (arXiv 2509.23314): |D_t - D_(t-1)| / |D_t| of steps D_t = x_t - x_(t-1), below the threshold
-twice in a row; the relative form and its threshold are ours. gate (Ouro, arXiv 2510.25741): the first
-iteration at which the cumulated exit probability reaches the threshold.
-"""
-_READS_LOGITS = ("entropy", "kl", "minp_kl", "argmax")
-
-
-def exit_probabilities(gate_logits: Float[Tensor, "iteration *rest"]) -> Float[Tensor, "iteration *rest"]:
-    """Ouro's distribution over exits: p_t = lambda_t prod_(j<t) (1 - lambda_j), the last takes what is left.
-
-    Args:
-        gate_logits: The exit gate's logits.
-
-    Returns:
-        Probabilities that sum to 1 over iterations.
-
-    Source:
-        arXiv 2510.25741, section on the exit gate.
-    """
-    if len(gate_logits) < 1:
-        raise ValueError("gate_logits has no iterations")
-    wide = gate_logits.double()
-    stay = torch.nn.functional.logsigmoid(-wide).cumsum(0)
-    before = torch.cat([torch.zeros_like(stay[:1]), stay[:-1]])
-    leave = torch.nn.functional.logsigmoid(wide) + before
-    leave[-1] = before[-1]
-    return leave.exp().to(gate_logits.dtype)
-
-
-def exit_scores(
-    rule: str,
-    *,
-    states: Float[Tensor, "iteration *rest d_model"] | None = None,
-    logits: Float[Tensor, "iteration *rest vocab"] | None = None,
-    gate_logits: Float[Tensor, "iteration *rest"] | None = None,
-) -> Float[Tensor, "iteration *rest"]:
-    """What a rule compares with its threshold, at every iteration; see `EXIT_RULES`.
-
-    The first iteration (the first three for acceleration) has nothing before it: its score is infinite,
-    where Huginn's own code compares with a uniform guess.
-
-    Raises:
-        ValueError: If the rule is unknown, or what it looks at is missing.
-    """
-    _require_rule(rule)
-    if rule == "gate":
-        return exit_probabilities(_given(gate_logits, rule, "gate_logits")).cumsum(0)
-    if rule in _READS_LOGITS:
-        return _of_logits(rule, _given(logits, rule, "logits").float())
-    x = _given(states, rule, "states").float()
-    if rule == "cosine":
-        return _first(1 - torch.cosine_similarity(x[1:], x[:-1], dim=-1), x)
-    step = x[1:] - x[:-1]
-    if rule == "latent":
-        return _first(step.norm(dim=-1) / x[1:].norm(dim=-1), x)
-    turn = (step[1:] - step[:-1]).norm(dim=-1) / step[1:].norm(dim=-1)
-    # Twice in a row: the larger of two successive values.
-    return _first(torch.maximum(turn[1:], turn[:-1]), x)
-
-
-def _require_rule(rule: str) -> None:
-    if rule not in EXIT_RULES:
-        raise ValueError(f"rule {rule!r} is unknown: choose one of {', '.join(EXIT_RULES)}")
-
-
-def _given(value: Tensor | None, rule: str, name: str) -> Tensor:
-    if value is None:
-        raise ValueError(f"the rule {rule!r} looks at {name}: give them")
-    return value
-
-
-def _first(scores: Tensor, like: Tensor) -> Tensor:
-    """Scores with infinity in front, for as many iterations as ``like`` has."""
-    missing = len(like) - len(scores)
-    return torch.cat(
-        [torch.full((missing, *like.shape[1:-1]), float("inf"), dtype=scores.dtype), scores.cpu()]
-    )
-
-
-def _of_logits(rule: str, logits: Tensor) -> Tensor:
-    if rule == "argmax":
-        top = logits.argmax(-1).cpu()
-        run = torch.zeros_like(top)
-        for t in range(1, len(top)):
-            run[t] = torch.where(top[t] == top[t - 1], run[t - 1] + 1, 0)
-        return run.float()
-    logprobs = logits.log_softmax(-1)
-    if rule == "entropy":
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return _first((entropy[1:] - entropy[:-1]).abs(), logits)
-    if rule == "minp_kl":
-        probs = logprobs.exp()
-        low = probs < 0.1 * probs.amax(-1, keepdim=True)
-        probs = torch.where(low, torch.full_like(probs, 1 / probs.shape[-1]), probs)
-        logprobs = (probs / probs.sum(-1, keepdim=True)).log()
-    before, now = logprobs[:-1], logprobs[1:]
-    return _first((before.exp() * (before - now)).sum(-1), logits)
-
-
-def stops(rule: str, scores: Tensor, threshold: float) -> Bool[Tensor, "iteration *rest"]:
-    """Where a rule says stop."""
-    return scores >= threshold if rule in ("argmax", "gate") else scores < threshold
+from loop_lens.figures.lines import line_figure
+from loop_lens.lenses.base import sites_of
+from loop_lens.lenses.coda import CodaLens
+from loop_lens.lenses.exit_rules import EXIT_RULES, READS_LOGITS, exit_scores, require_rule, stops
+from loop_lens.lenses.positions import Positions, read_batch
+from loop_lens.lenses.result import NAN
+from loop_lens.measuring.results import Result, merged
+from loop_lens.prompts.reader import Batch
+from loop_lens.unrolling.sites import Site
 
 
 @dataclass(frozen=True)
-class ExitResult:
+class ExitResult(Result):
     """When each token would stop, and what it would say.
+
+    Where a prompt has no position that a longer one has, iterations are 0, tokens -1 and scores NaN.
 
     Attributes:
         rule: The rule.
@@ -149,163 +37,266 @@ class ExitResult:
         tokens: The token said at the exit [prompt pos].
         full: The token said at full depth [prompt pos].
         scores: What the rule compared [iteration prompt pos].
+
+    Example:
+        >>> from loop_lens.lenses import find_exits
+        >>> exits = find_exits(model, prompts, rule="latent", threshold=0.3)
+        >>> exits.iterations.shape, len(exits.to_dataframe())
+        (torch.Size([2, 11]), 20)
     """
 
     rule: str
     threshold: float
-    iterations: Int[Tensor, "prompt pos"]
-    exited: Bool[Tensor, "prompt pos"]
-    tokens: Int[Tensor, "prompt pos"]
-    full: Int[Tensor, "prompt pos"]
-    scores: Float[Tensor, "iteration prompt pos"]
+    iterations: Int[Tensor, "prompt pos"] = merged("append", fill=0)
+    exited: Bool[Tensor, "prompt pos"] = merged("append", fill=0)
+    tokens: Int[Tensor, "prompt pos"] = merged("append", fill=-1)
+    full: Int[Tensor, "prompt pos"] = merged("append", fill=-1)
+    scores: Float[Tensor, "iteration prompt pos"] = merged("append", dim=1, fill=NAN)
+
+    @property
+    def mask(self) -> Bool[Tensor, "prompt pos"]:
+        """Whether a prompt has a position."""
+        return self.iterations > 0
 
     @property
     def agreement(self) -> float:
         """Share of tokens that the exit does not change."""
-        return float((self.tokens == self.full).float().mean())
+        return float((self.tokens == self.full)[self.mask].float().mean())
 
     @property
     def mean_iterations(self) -> float:
         """Mean number of iterations."""
-        return float(self.iterations.float().mean())
+        return float(self.iterations[self.mask].float().mean())
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per prompt and position."""
-        rows = [
+        prompt, position = self.mask.nonzero().T.tolist()
+        return pd.DataFrame(
             {
-                "prompt": b,
-                "position": p,
-                "iterations": int(self.iterations[b, p]),
-                "exited": bool(self.exited[b, p]),
-                "token": int(self.tokens[b, p]),
-                "full": int(self.full[b, p]),
+                "prompt": prompt,
+                "position": position,
+                "iterations": self.iterations[self.mask],
+                "exited": self.exited[self.mask],
+                "token": self.tokens[self.mask],
+                "full": self.full[self.mask],
             }
-            for b in range(self.tokens.shape[0])
-            for p in range(self.tokens.shape[1])
-        ]
-        return pd.DataFrame(rows)
+        )
+
+
+@dataclass(frozen=True)
+class ExitCurve(Result):
+    """What a rule costs and keeps, over its thresholds.
+
+    Attributes:
+        rule: The rule.
+        thresholds: Its thresholds.
+        n_tokens: Number of tokens that the means are over.
+        n_labels: Number of those that have a label.
+        iterations: Iterations run, summed over tokens [threshold].
+        agreeing: How many tokens the exit does not change [threshold].
+        right: How many say their label at the exit [threshold].
+
+    Example:
+        >>> from loop_lens.lenses import exit_curve
+        >>> curve = exit_curve(model, prompts, rule="latent", thresholds=[0.0, 1e9])
+        >>> curve.mean_iterations, curve.agreement[0]
+        (tensor([8., 2.], dtype=torch.float64), tensor(1., dtype=torch.float64))
+    """
+
+    rule: str
+    thresholds: tuple[float, ...]
+    n_tokens: int = merged("add")
+    n_labels: int = merged("add")
+    iterations: Int[Tensor, " threshold"] = merged("add")
+    agreeing: Int[Tensor, " threshold"] = merged("add")
+    right: Int[Tensor, " threshold"] = merged("add")
+
+    @property
+    def mean_iterations(self) -> Float[Tensor, " threshold"]:
+        """Mean number of iterations."""
+        return self.iterations.double() / self.n_tokens
+
+    @property
+    def agreement(self) -> Float[Tensor, " threshold"]:
+        """Share of tokens that the exit does not change."""
+        return self.agreeing.double() / self.n_tokens
+
+    @property
+    def accuracy(self) -> Float[Tensor, " threshold"]:
+        """Share of labelled tokens that say their label; NaN without labels."""
+        return self.right.double() / self.n_labels
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per threshold."""
+        columns = {name: getattr(self, name) for name in ("mean_iterations", "agreement", "accuracy")}
+        return pd.DataFrame({"threshold": self.thresholds, **columns})
+
+    def plot(self) -> Any:
+        """Agreement and accuracy against mean iterations; a matplotlib figure, not shown."""
+        table = self.to_dataframe().sort_values("mean_iterations")
+        figure = line_figure(
+            {name: table[name].tolist() for name in ("agreement", "accuracy")},
+            at=table["mean_iterations"].tolist(),
+            xlabel="mean iterations",
+            ylabel="share of tokens",
+            marker="o",
+        )
+        figure.axes[0].set_ylim(0, 1.02)
+        return figure
 
 
 @torch.no_grad()
 def find_exits(
-    model: HookedLoopedTransformer, tokens: Any, *, rule: str, threshold: float | None = None
+    model: HookedLoopedTransformer, prompts: Any, *, rule: str, threshold: float | None = None
 ) -> ExitResult:
-    """Where a rule would leave the loop, per token, and what the model would say there.
+    """Find where a rule would leave the loop, per token, and what the model would say there.
 
     The model runs all its iterations once; every state is read out as the model itself would (its coda,
     or norm and unembedding).
 
     Args:
         model: The model.
-        tokens: Text, texts, or tokens [prompt pos].
+        prompts: As for `loop_lens.prompts.read_prompts`; lengths may differ.
         rule: One of `EXIT_RULES`.
         threshold: Its threshold; the default of `EXIT_RULES`.
 
     Raises:
         ValueError: If the rule is unknown, or the model has no gate for it.
+
+    Example:
+        >>> from loop_lens.lenses import find_exits
+        >>> exits = find_exits(model, prompt, rule="kl", threshold=0.1)
+        >>> exits.iterations[0, -4:].tolist(), exits.agreement
+        ([3, 3, 4, 5], 1.0)
     """
-    said, scores = _watch(model, tokens, rule)
-    return _leave(rule, EXIT_RULES[rule] if threshold is None else threshold, said, scores)
-
-
-def _watch(model: HookedLoopedTransformer, tokens: Any, rule: str) -> tuple[Tensor, Tensor]:
-    """What is said after each iteration, and the rule's scores, both [iteration prompt pos]."""
-    _require_rule(rule)
-    ids = read_together(model, tokens, "tokens")
-    loop, times = model.schedule.main_loop, model.recurrences
-    found = find_sites(model, "state_out", segment=loop)
-    gates = [f"{loop}.{t}.hook_exit_gate" for t in range(times)]
-    if rule == "gate" and gates[0] not in model.schedule.sites:
-        raise ValueError("the rule 'gate' needs a model with an exit gate (Ouro, or exit_gate=True)")
-    read = reader(model, "coda", range(ids.shape[1]), None)
-    kept: list[Tensor] = []
-    said: list[Tensor] = []
-    scores: list[Tensor] = []
-
-    def look(at: Any) -> Any:
-        def hook(state: Tensor, hook: Any) -> None:
-            logits = read(state, at)
-            said.append(logits.argmax(-1).cpu())
-            if rule == "gate":
-                return
-            # Only as many iterations are kept as the rule looks back.
-            kept.append((logits if rule in _READS_LOGITS else state).float().clone())
-            back = 2 if rule in _READS_LOGITS or rule in ("latent", "cosine") else 4
-            del kept[:-back]
-            if rule == "argmax":
-                same = said[-1] == said[-2] if len(said) > 1 else torch.zeros_like(said[-1], dtype=torch.bool)
-                scores.append(torch.where(same, scores[-1] + 1, 0.0) if len(said) > 1 else same.float())
-                return
-            window = torch.stack(kept)
-            kind = "logits" if rule in _READS_LOGITS else "states"
-            full = exit_scores(rule, **{kind: window}) if len(kept) == back else None  # type: ignore[arg-type]
-            scores.append(torch.full(said[-1].shape, float("inf")) if full is None else full[-1].cpu())
-
-        return hook
-
-    hooks: list[Any] = [(at.flat, look(at)) for at in found]
-    seen: dict[str, Tensor] = {}
-    if rule == "gate":
-        hooks += [(name, lambda value, hook: seen.__setitem__(hook.name, value.clone())) for name in gates]
-    model.run_with_hooks(ids, fwd_hooks=hooks, return_type=None)
-    if rule == "gate":
-        return torch.stack(said), exit_scores("gate", gate_logits=torch.stack([seen[n] for n in gates])).cpu()
-    return torch.stack(said), torch.stack(scores)
-
-
-def _leave(rule: str, threshold: float, said: Tensor, scores: Tensor) -> ExitResult:
-    stop = stops(rule, scores, threshold)
-    exited = stop.any(0)
-    last = len(said) - 1
-    at = torch.where(exited, stop.float().argmax(0), last)
-    tokens = said.gather(0, at.unsqueeze(0)).squeeze(0)
-    return ExitResult(rule, threshold, at + 1, exited, tokens, said[-1], scores)
+    batch = read_batch(model, prompts)
+    run = _Watched.of(model, batch, rule)
+    threshold = EXIT_RULES[rule] if threshold is None else threshold
+    iterations, exited, tokens = run.leave(threshold)
+    spread = Positions.of(batch.lengths, None).spread
+    return ExitResult(
+        rule,
+        threshold,
+        iterations=spread(iterations, 0, dim=0),
+        exited=spread(exited, 0, dim=0),
+        tokens=spread(tokens, -1, dim=0),
+        full=spread(run.tokens[-1], -1, dim=0),
+        scores=spread(run.scores, NAN),
+    )
 
 
 @torch.no_grad()
 def exit_curve(
     model: HookedLoopedTransformer,
-    tokens: Any,
+    prompts: Any,
     *,
     rule: str,
     thresholds: Sequence[float],
     labels: Int[Tensor, "prompt pos"] | None = None,
-) -> pd.DataFrame:
-    """Agreement and accuracy against compute, over thresholds of a rule; the model runs once.
+) -> ExitCurve:
+    """Measure agreement and accuracy against compute, over thresholds of a rule; the model runs once.
 
     Args:
         model: The model.
-        tokens: Text, texts, or tokens [prompt pos].
+        prompts: As for `loop_lens.prompts.read_prompts`; lengths may differ.
         rule: One of `EXIT_RULES`.
         thresholds: The thresholds.
-        labels: Right tokens, for the accuracy; the next token by default (no label at the last position).
+        labels: Right tokens, for the accuracy, negative where there is none; by default each prompt's next
+            token (none at its last position).
 
-    Returns:
-        A row per threshold: mean number of iterations, agreement with full depth, accuracy.
+    Raises:
+        ValueError: As `find_exits`.
+
+    Example:
+        >>> from loop_lens.lenses import exit_curve
+        >>> curve = exit_curve(model, prompts, rule="kl", thresholds=[0.01, 0.1, 1.0])
+        >>> curve.agreement.tolist()
+        [1.0, 1.0, 1.0]
     """
-    ids = read_together(model, tokens, "tokens")
-    said, scores = _watch(model, ids, rule)
-    right = ids[:, 1:].cpu() if labels is None else labels.cpu()
-    rows: list[dict[str, float]] = []
-    for threshold in thresholds:
-        result = _leave(rule, threshold, said, scores)
-        rows.append(
-            {
-                "threshold": threshold,
-                "mean_iterations": result.mean_iterations,
-                "agreement": result.agreement,
-                "accuracy": float((result.tokens[:, : right.shape[1]] == right).float().mean()),
-            }
-        )
-    return pd.DataFrame(rows)
+    batch = read_batch(model, prompts)
+    run = _Watched.of(model, batch, rule)
+    given = batch.tokens[:, 1:].masked_fill(~batch.mask[:, 1:], -1) if labels is None else labels
+    right = batch.tokens.new_full(batch.tokens.shape, -1)
+    right[:, : given.shape[1]] = given.to(right.device)
+    wanted = right[batch.mask].cpu()
+    left = [run.leave(threshold) for threshold in thresholds]
+    return ExitCurve(
+        rule=rule,
+        thresholds=tuple(thresholds),
+        n_tokens=len(wanted),
+        n_labels=int((wanted >= 0).sum()),
+        iterations=torch.stack([iterations.sum() for iterations, _, _ in left]),
+        agreeing=torch.stack([(tokens == run.tokens[-1]).sum() for _, _, tokens in left]),
+        right=torch.stack([(tokens == wanted).sum() for _, _, tokens in left]),
+    )
 
 
-def plot_exit_curve(curve: pd.DataFrame) -> Any:
-    """Agreement and accuracy against mean iterations; a matplotlib figure, not shown."""
-    figure, axes = new_figure(5, 3.2)
-    ordered = curve.sort_values("mean_iterations")
-    for column in ("agreement", "accuracy"):
-        axes.plot(ordered["mean_iterations"], ordered[column], "o-", label=column)
-    axes.set(xlabel="mean iterations", ylabel="share of tokens", ylim=(0, 1.02))
-    axes.legend()
-    return figure
+@dataclass(frozen=True)
+class _Watched:
+    """What is said after each iteration, and a rule's scores, of all tokens but padding.
+
+    Attributes:
+        rule: The rule.
+        tokens: The most likely token [iteration token].
+        scores: What the rule compares [iteration token].
+    """
+
+    rule: str
+    tokens: Tensor
+    scores: Tensor
+
+    @classmethod
+    def of(cls, model: HookedLoopedTransformer, batch: Batch, rule: str) -> _Watched:
+        """Run the model once, and keep only as many iterations as the rule looks back."""
+        require_rule(rule)
+        coda = CodaLens()
+        found = sites_of(model, coda, None)
+        gates = [site.sibling("exit_gate") for site in found]
+        if rule == "gate" and gates[0].name not in model.schedule.sites:
+            raise ValueError("the rule 'gate' needs a model with an exit gate (Ouro, or exit_gate=True)")
+        looks_at = "logits" if rule in READS_LOGITS else "states"
+        back = 4 if rule == "acceleration" else 2
+        recent: list[Tensor] = []
+        tokens: list[Tensor] = []
+        scores: list[Tensor] = []
+        gate_logits: list[Tensor] = []
+
+        def score() -> Tensor:
+            now = tokens[-1]
+            if rule == "argmax":
+                same = now == tokens[-2] if len(tokens) > 1 else torch.zeros_like(now, dtype=torch.bool)
+                return torch.where(same, scores[-1] + 1 if scores else 1.0, 0.0)
+            if len(recent) < back:
+                return torch.full(now.shape, float("inf"))
+            return exit_scores(rule, **{looks_at: torch.stack(recent)})[-1].cpu()  # type: ignore[arg-type]
+
+        def look(site: Site) -> Any:
+            def hook(state: Tensor, hook: Any) -> None:
+                logits = coda.read_at(state, batch.mask, site, model)
+                tokens.append(logits.argmax(-1).cpu())
+                if rule == "gate":
+                    return
+                recent.append((logits if looks_at == "logits" else state[batch.mask]).float().clone())
+                del recent[:-back]
+                scores.append(score())
+
+            return hook
+
+        hooks: list[Any] = [(site.flat, look(site)) for site in found]
+        if rule == "gate":
+            hooks += [
+                (site.flat, lambda value, hook: gate_logits.append(value[batch.mask])) for site in gates
+            ]
+        model.run_with_hooks(batch.tokens, fwd_hooks=hooks, return_type=None)
+        if rule == "gate":
+            return cls(
+                rule, torch.stack(tokens), exit_scores(rule, gate_logits=torch.stack(gate_logits)).cpu()
+            )
+        return cls(rule, torch.stack(tokens), torch.stack(scores))
+
+    def leave(self, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Iterations until the exit, whether the rule stopped there, and the token said there, all [token]."""
+        stop = stops(self.rule, self.scores, threshold)
+        exited = stop.any(0)
+        at = torch.where(exited, stop.float().argmax(0), len(self.tokens) - 1)
+        return at + 1, exited, self.tokens.gather(0, at[None])[0]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.functional import cross_entropy
 
+from loop_lens.lenses.exit_rules import exit_log_probabilities
 from loop_lens.models.native.config import LoopedConfig
 
 
@@ -155,14 +156,6 @@ class ExitGateLoss(Loss):
             raise ValueError(
                 "ExitGateLoss needs a model with an exit gate: set LoopedConfig(exit_gate=True) or choose another loss"
             )
-
-
-def exit_log_probabilities(gates: Float[Tensor, "iteration *place"]) -> Float[Tensor, "iteration *place"]:
-    """Logarithm of the probability that the gate leaves at each iteration; the last one takes the rest."""
-    stays = torch.cumsum(logsigmoid(-gates[:-1]), dim=0)
-    before = torch.cat([torch.zeros_like(gates[:1]), stays])
-    leaves = torch.cat([logsigmoid(gates[:-1]), torch.zeros_like(gates[:1])])
-    return before + leaves
 
 
 def _cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from loop_lens.lenses import EXIT_RULES, exit_curve, exit_probabilities, exit_scores, find_exits
-from loop_lens.lenses.exits import plot_exit_curve
 from tests.interventions.models import FAMILIES, opened, prompts
 
 
@@ -110,10 +109,10 @@ def test_ouros_gate_and_the_curve() -> None:
     assert torch.equal(result.iterations, (cumulated >= 0.6).float().argmax(0) + 1)
     curve = exit_curve(model, tokens, rule="gate", thresholds=[0.0, 0.6, 2.0])
     assert curve.mean_iterations.tolist() == pytest.approx([1, result.mean_iterations, model.recurrences])
-    assert curve.agreement.iloc[2] == 1 and curve.agreement.iloc[1] == pytest.approx(result.agreement)
+    assert curve.agreement[2] == 1 and curve.agreement[1] == pytest.approx(result.agreement)
     right = (result.tokens[:, :-1] == tokens[:, 1:]).float().mean()
-    assert curve.accuracy.iloc[1] == pytest.approx(float(right))
-    assert len(plot_exit_curve(curve).axes[0].lines) == 2
+    assert curve.accuracy[1] == pytest.approx(float(right))
+    assert len(curve.plot().axes[0].lines) == 2
     assert len(result.to_dataframe()) == tokens.numel()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loop_lens.data.task import IGNORED, Task, TaskBatch
 from loop_lens.data.text import TextTask
-from loop_lens.lenses import exit_probabilities
+from loop_lens.lenses.exit_rules import exit_probabilities
 from loop_lens.models.native.modeling import LoopedTransformer
 from loop_lens.opening.entry import wrap
 from loop_lens.training.evaluation import totals
