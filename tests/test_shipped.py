@@ -168,7 +168,7 @@ def test_the_coda_lens_names_hop_i_at_arrow_i_after_iteration_i() -> None:
     read = loop_lens.lens(model, ids, kind="coda")
     for t in range(1, 7):
         site = read.sites.index(f"loop.{t - 1}.hook_state_out")
-        arrow = [read.positions.index(17 + t)]
+        arrow = [read.positions[0].tolist().index(17 + t)]
         named = read.top_ids[site][:, arrow, 0].squeeze(1)
         assert (named == answers[:, t - 1]).float().mean() > 0.7
 

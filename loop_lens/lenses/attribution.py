@@ -41,7 +41,7 @@ class Attribution(Result):
     Example:
         >>> attribution = loop_lens.attribute(model, prompt, target=("c", "b"))
         >>> attribution.group("kind").labels
-        ('embedding', 'head', 'mlp', 'injection')
+        ('initial state', 'injection', 'head', 'mlp')
         >>> attribution.to_dataframe().columns.tolist()
         ['label', 'kind', 'segment', 'iteration', 'layer', 'head', 'term']
     """
@@ -174,7 +174,7 @@ def attribute(
         >>> torch.allclose(attribution.terms.sum(), logits[0] - logits[1], atol=1e-4)
         True
         >>> loop_lens.attribute(model, prompts, target="c", heads=False).terms.shape
-        torch.Size([36, 2])
+        torch.Size([43, 2])
     """
     batch = read_batch(model, prompts)
     chosen = Positions.of(batch.lengths, [pos])

@@ -167,7 +167,7 @@ def find_exits(
         >>> from loop_lens.lenses import find_exits
         >>> exits = find_exits(model, prompt, rule="kl", threshold=0.1)
         >>> exits.iterations[0, -4:].tolist(), exits.agreement
-        ([3, 3, 4, 5], 1.0)
+        ([7, 2, 3, 5], 1.0)
     """
     batch = read_batch(model, prompts)
     run = _Watched.of(model, batch, rule)
@@ -211,7 +211,7 @@ def exit_curve(
         >>> from loop_lens.lenses import exit_curve
         >>> curve = exit_curve(model, prompts, rule="kl", thresholds=[0.01, 0.1, 1.0])
         >>> curve.agreement.tolist()
-        [1.0, 1.0, 1.0]
+        [1.0, 0.95, 0.8]
     """
     batch = read_batch(model, prompts)
     run = _Watched.of(model, batch, rule)

@@ -25,7 +25,7 @@ class LogitLens(Lens):
         >>> _, cache = model.run_with_cache(prompt)
         >>> site = model.locate("loop.7.blocks.1.hook_resid_post")
         >>> LogitLens().read(cache[site.flat], site, model).shape
-        torch.Size([1, 11, 12])
+        torch.Size([1, 11, 11])
     """
 
     kind = "logit"

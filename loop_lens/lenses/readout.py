@@ -85,11 +85,11 @@ def lens(
         UnknownNameError: If a site does not exist.
 
     Example:
-        >>> result = loop_lens.lens(model, prompt, kind="coda", targets="c")
-        >>> [result.top_words[int(i)] for i in result.top_ids[-1, 0, -4:, 0]]
-        ['c', 'b', 'a', 'c']
-        >>> result.first_on_top("c" == "d", position=-1)
-        'loop.2.hook_state_out'
+        >>> result = loop_lens.lens(model, prompt, kind="coda", targets="b")
+        >>> [result.top_words[int(i)] for i in result.top_ids[-1, 0, -3:, 0]]
+        ['c', 'b', 'a']
+        >>> result.first_on_top(position=-2)
+        'loop.1.hook_state_out'
     """
     reads = lens_of(kind)
     found = sites_of(model, reads, sites)

@@ -47,8 +47,8 @@ class LensResult(Result):
         >>> result = loop_lens.lens(model, prompts, kind="coda", positions=[-1], targets=["c", "d"])
         >>> result.target_ranks.shape
         torch.Size([8, 2, 1, 2])
-        >>> result.to_dataframe()[["iteration", "prompt", "position", "token", "top"]].iloc[-1].tolist()
-        [7, 1, 8, '->', 'd']
+        >>> result.to_dataframe()[["prompt", "position", "token", "top"]].astype(str).iloc[-1].tolist()
+        ['1', '8', '->', 'f']
     """
 
     kind: str
