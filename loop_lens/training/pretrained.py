@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loop_lens.models.native.config import LoopedConfig
-from loop_lens.models.native.modeling import LinearInjection, LoopedTransformer
+from loop_lens.models.native.layers import LinearInjection
+from loop_lens.models.native.modeling import LoopedTransformer
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class NativeBody(LoopBody):
     def enter_coda(self, state: Tensor) -> Tensor:
         """The state through the norm and the projection after the loop, where there are any."""
         if self.config.post_loop_norm:
-            state = self.model.__dict__["inner_norm"](state)
+            state = self.model.inner_norm(state)
         return self.model.state_projection(state) if self.config.state_projection else state
 
     def to_checkpoint(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
