@@ -6,10 +6,9 @@ from loop_lens.interventions.results import SweepResult
 from loop_lens.interventions.sweep import patch_sweep
 from loop_lens.lenses.attribution import attribute
 from loop_lens.lenses.readout import lens
+from loop_lens.models.checkpoint import UnsafeCheckpointError, WeightsError
+from loop_lens.models.kind import UnknownFamilyError
 from loop_lens.models.native import LoopedConfig, LoopedTransformer
-from loop_lens.models.published.checkpoint import UnsafeCheckpointError
-from loop_lens.models.published.families import UnknownFamilyError
-from loop_lens.models.published.weights import WeightsError
 from loop_lens.opening.entry import boot, loopify, wrap
 from loop_lens.opening.registration import register
 from loop_lens.shipped import shipped_models

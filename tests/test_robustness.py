@@ -217,14 +217,14 @@ def test_nothing_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_models_own_loop_can_be_described() -> None:
     """``wrap`` takes any looped model, given its schedule and how to read its blocks."""
+    from loop_lens.models.kind import bridge_config
     from loop_lens.models.native.adapter import LoopedAdapter
     from loop_lens.models.native.body import NativeBody
-    from loop_lens.opening.entry import _bridge_config
 
     torch.manual_seed(0)
     torch_model = small_looped()
     expected = torch_model(TOKENS).logits
-    adapter = LoopedAdapter(_bridge_config(torch_model, "mine"), torch_model.config)
+    adapter = LoopedAdapter(bridge_config(torch_model, "mine"), torch_model.config)
     model = loop_lens.wrap(torch_model, body=NativeBody(torch_model), adapter=adapter)
     assert torch.equal(model.run_with_cache(TOKENS)[0], expected)
     with pytest.raises(ValueError, match="go together"):

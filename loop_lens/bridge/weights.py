@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from loop_lens.models.published.weights import WeightsError
+from loop_lens.models.checkpoint import WeightsError
 from loop_lens.unrolling.body import LoopBody
 
 

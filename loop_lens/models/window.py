@@ -7,12 +7,23 @@ same calls, so masks, positions and caches are what the model itself made of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformer_lens.factories.architecture_adapter_factory import (
+    SUPPORTED_ARCHITECTURES,
+    ArchitectureAdapterFactory,
+)
+from transformer_lens.model_bridge.generalized_components import AttentionBridge, BlockBridge
+from transformer_lens.model_bridge.sources._hf_format import determine_architecture_from_hf_config
+from transformer_lens.utilities.attn_implementation import force_eager_attention
+from transformers import AutoModelForCausalLM
 
+from loop_lens.models.checkpoint import Checkpoint
+from loop_lens.models.kind import Kind, Unrolled, bridge_config
 from loop_lens.unrolling.body import LoopBody
 from loop_lens.unrolling.calls import (
     Bare,
@@ -187,3 +198,71 @@ class WindowBody(LoopBody):
         elif rule == "input_anchor":
             out = alpha * out + (1 - alpha) * anchor
         return self.site(f"loop.{t}.hook_state_out", out)
+
+
+class WindowKind(Kind):
+    """Saved models that `loop_lens.loopify` made: their config says which layers loop."""
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        """Whether config.json names a window."""
+        return "loop_lens" in config
+
+    def matches_model(self, model: nn.Module) -> bool:
+        """Whether the model's config names a window."""
+        return hasattr(getattr(model, "config", None), "loop_lens")
+
+    def load(
+        self, checkpoint: Checkpoint, *, dtype: torch.dtype | None, attn_implementation: str | None
+    ) -> nn.Module:
+        """The ordinary decoder."""
+        return checkpoint.open_with(
+            AutoModelForCausalLM, dtype=dtype, attn_implementation=attn_implementation
+        )
+
+    def unroll(self, model: Any, *, name: str, tokenizer: Any) -> Unrolled:
+        """The decoder with the window that its config names."""
+        saved = model.config.loop_lens
+        first, last = saved["layers"]
+        return unroll_window(
+            model, range(first, last + 1), saved["times"], rule=saved["rule"], alpha=saved["alpha"], name=name
+        )
+
+
+WINDOW = WindowKind()
+
+
+def unroll_window(
+    model: Any, layers: Sequence[int], times: int, *, rule: str, alpha: float | None, name: str
+) -> Unrolled:
+    """An ordinary decoder with a window that loops, and transformer-lens' own adapter.
+
+    Raises:
+        ValueError: If the model has no uniform list of blocks, or the layers are not in it.
+    """
+    architecture = type(model).__name__
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        architecture = determine_architecture_from_hf_config(model.config)
+    cfg = bridge_config(model, name, architecture)
+    adapter = ArchitectureAdapterFactory.select_architecture_adapter(cfg)
+    components = adapter.component_mapping or {}
+    template = components.get("blocks")
+    lists = [part for part, bridge in components.items() if getattr(bridge, "is_list_item", False)]
+    if not isinstance(template, BlockBridge) or lists != ["blocks"] or template.name is None:
+        raise ValueError(
+            f"{architecture} has no uniform list of decoder blocks (transformer-lens sees {lists or 'none'}): "
+            "loopify cannot tell which layers to repeat"
+        )
+    blocks = list(adapter.get_remote_component(model, template.name))  # type: ignore[arg-type]
+    window = Window.of(layers, times, rule, alpha, len(blocks))
+    adapter.prepare_model(model)
+    body = WindowBody(model, blocks, template.name, window)
+    if not getattr(adapter, "supports_fold_ln", True):
+        body.fold_unsound_because = f"transformer-lens does not fold the norms of {architecture}"
+    attention = template.submodules.get("attn")
+    if attention is not None and type(attention).forward is AttentionBridge.forward:
+        # This bridge shows the pattern that the module returns, and only eager attention returns one.
+        force_eager_attention(model)
+    else:
+        # With attentions asked for, transformers would leave SDPA for eager in every block.
+        adapter.supports_hf_output_attentions = False
+    return Unrolled(model, body, adapter)

@@ -1,26 +1,27 @@
-"""Where a checkpoint lies: a local folder, a shipped model, the hub."""
+"""The checkpoint of a name: a local folder, a shipped model, the hub."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
+from loop_lens.models.checkpoint import Checkpoint
 from loop_lens.shipped import SHIPPED_PREFIX, shipped_folder
-
-logger = logging.getLogger(__name__)
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
-def resolve_checkpoint(model_name: str | Path, revision: str | None) -> Path:
-    """The local folder of a checkpoint, fetched from the hub if need be (no code, no pickles).
+def find_checkpoint(
+    model_name: str | Path, revision: str | None = None, *, trusted: bool = False
+) -> Checkpoint:
+    """The checkpoint of a name, fetched from the hub if need be (no code unless trusted, no pickles).
 
     Raises:
         FileNotFoundError: If there is none.
     """
+    return Checkpoint(_folder_of(model_name, revision), str(model_name), trusted=trusted)
+
+
+def _folder_of(model_name: str | Path, revision: str | None) -> Path:
     name = str(model_name)
     if name.startswith(SHIPPED_PREFIX):
         return shipped_folder(name)
@@ -39,15 +40,3 @@ def resolve_checkpoint(model_name: str | Path, revision: str | None) -> Path:
             f"{name} is no local folder, and the hub did not give it: {error}. Check the name, the network, "
             "and your access to it."
         ) from error
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint folder, None where it has none."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
-        # The families' own model types are unknown to transformers, which then gives up.
-        logger.info("AutoTokenizer could not read %s (%s): reading tokenizer.json alone", folder, error)
-        return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))

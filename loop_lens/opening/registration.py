@@ -8,56 +8,37 @@ from typing import Any
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoConfig, AutoModelForCausalLM, HrmTextForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from loop_lens.bridge.model import HookedLoopedTransformer
-from loop_lens.models.native.config import LoopedConfig
+from loop_lens.models.checkpoint import Checkpoint
 from loop_lens.models.native.modeling import LoopedTransformer
-from loop_lens.models.published.checkpoint import read_config
-from loop_lens.models.published.families import NATIVE_TYPE, looped_model_types
-from loop_lens.opening.entry import boot, load_native, wrap
-from loop_lens.opening.hub import resolve_checkpoint
-
-
-class RavenConfig(PreTrainedConfig):
-    """Published config of Huginn and the retrofits, as it is."""
-
-    model_type = "huginn_raven"
-
-
-class OuroConfig(PreTrainedConfig):
-    """Published config of Ouro, as it is."""
-
-    model_type = "ouro"
+from loop_lens.models.registry import KINDS, is_looped, kind_of_checkpoint, kind_of_model
+from loop_lens.opening.entry import boot, wrap
+from loop_lens.opening.hub import find_checkpoint
 
 
 class _Published(LoopedTransformer):
-    """A published checkpoint that ``from_pretrained`` opens as a `LoopedTransformer`."""
+    """A published checkpoint that ``from_pretrained`` opens by its kind."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a published checkpoint. Takes ``dtype``, ``revision``, ``attn_implementation``."""
-        source = str(pretrained_model_name_or_path)
-        folder = resolve_checkpoint(pretrained_model_name_or_path, kwargs.get("revision"))
+        checkpoint = find_checkpoint(pretrained_model_name_or_path, kwargs.get("revision"))
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-        return load_native(
-            folder,
-            source=source,
+        return kind_of_checkpoint(checkpoint).load(
+            checkpoint,
             dtype=dtype if isinstance(dtype, torch.dtype) else None,
             attn_implementation=kwargs.get("attn_implementation"),
         )
 
 
-class RavenForCausalLM(_Published):
-    """Huginn and the retrofits."""
-
-    config_class: Any = RavenConfig
-
-
-class OuroForCausalLM(_Published):
-    """Ouro."""
-
-    config_class: Any = OuroConfig
+@functools.cache
+def _classes(model_type: str) -> tuple[type[PreTrainedConfig], type[_Published]]:
+    """Classes for a ``model_type`` that transformers does not know: its config as it is, and who loads it."""
+    name = model_type.title().replace("_", "")
+    config = type(f"{name}Config", (PreTrainedConfig,), {"model_type": model_type})
+    return config, type(f"{name}ForCausalLM", (_Published,), {"config_class": config})
 
 
 def register() -> None:
@@ -67,14 +48,19 @@ def register() -> None:
     `LoopedTransformer`, without remote code, and transformer-lens'
     ``TransformerBridge.boot_transformers`` opens them as a `HookedLoopedTransformer`. Importing
     loop_lens alone changes nothing in either. Calling this twice is the same as once.
+
+    Example:
+        >>> from transformer_lens.model_bridge import TransformerBridge
+        >>> loop_lens.register()
+        >>> folder = loop_lens.shipped.shipped_folder("hops")
+        >>> TransformerBridge.boot_transformers(str(folder)).schedule[4].prefix
+        'loop.1.blocks.1'
     """
-    for model_type, config, model in (
-        (NATIVE_TYPE, LoopedConfig, LoopedTransformer),
-        (RavenConfig.model_type, RavenConfig, RavenForCausalLM),
-        (OuroConfig.model_type, OuroConfig, OuroForCausalLM),
-    ):
-        AutoConfig.register(model_type, config, exist_ok=True)
-        AutoModelForCausalLM.register(config, model, exist_ok=True)
+    for kind in KINDS:
+        for model_type in kind.model_types:
+            config, model = kind.classes or _classes(model_type)
+            AutoConfig.register(model_type, config, exist_ok=True)
+            AutoModelForCausalLM.register(config, model, exist_ok=True)
     stock = TransformerBridge.boot_transformers
     if not hasattr(stock, "looped"):
         TransformerBridge.boot_transformers = staticmethod(_boot_looped_or(stock))  # type: ignore[assignment]
@@ -84,7 +70,7 @@ def _boot_looped_or(stock: Any) -> Any:
     @functools.wraps(stock)
     def boot_transformers(model_name: str, *args: Any, **kwargs: Any) -> Any:
         model = kwargs.get("hf_model")
-        if isinstance(model, LoopedTransformer | HrmTextForCausalLM):
+        if model is not None and kind_of_model(model) is not None:
             return wrap(model, tokenizer=kwargs.get("tokenizer"), model_name=model_name)
         if model is None and _is_looped(model_name):
             return _boot(model_name, *args, **kwargs)
@@ -96,17 +82,12 @@ def _boot_looped_or(stock: Any) -> Any:
 
 def _is_looped(model_name: str | Path) -> bool:
     folder = Path(model_name).expanduser()
-    if not folder.is_dir():
-        return _hub_type(str(model_name)) in looped_model_types()
-    config = read_config(folder)
-    return config.get("model_type") in looped_model_types() or "loop_lens" in config
-
-
-def _hub_type(name: str) -> str | None:
+    if folder.is_dir():
+        return is_looped(Checkpoint(folder).config)
     try:
-        return PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+        return is_looped(PreTrainedConfig.get_config_dict(str(model_name))[0])
     except (OSError, ValueError):
-        return None  # whatever is wrong, the stock function says it better
+        return False  # whatever is wrong, the stock function says it better
 
 
 def _boot(

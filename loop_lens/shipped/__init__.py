@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+__all__ = ["SHIPPED_PREFIX", "shipped_folder", "shipped_models"]
+
 SHIPPED_PREFIX = "loop-lens/"
+_HERE = Path(__file__).parent
 
 
 def shipped_models() -> list[str]:
     """The names of the models in this package, as ``loop_lens.boot`` takes them.
 
     README.md in each one's `shipped_folder` is its card.
+
+    Example:
+        >>> loop_lens.shipped_models()
+        ['loop-lens/hops', 'loop-lens/hops-no-injection', 'loop-lens/hops-ouro', 'loop-lens/words']
     """
-    found = sorted(folder.parent.name for folder in _here().glob("*/config.json"))
-    return [SHIPPED_PREFIX + name for name in found]
+    return [
+        SHIPPED_PREFIX + name for name in sorted(path.parent.name for path in _HERE.glob("*/config.json"))
+    ]
 
 
 def shipped_folder(name: str) -> Path:
@@ -21,6 +29,11 @@ def shipped_folder(name: str) -> Path:
 
     Args:
         name: Such as ``"loop-lens/hops"``; without the prefix too.
+
+    Example:
+        >>> from loop_lens.shipped import shipped_folder
+        >>> (shipped_folder("hops") / "README.md").read_text().splitlines()[0]
+        '# loop-lens/hops'
 
     Raises:
         FileNotFoundError: If there is no such model.
@@ -30,8 +43,4 @@ def shipped_folder(name: str) -> Path:
         raise FileNotFoundError(
             f"{name}: the package ships no such model; it has {', '.join(shipped_models()) or 'none'}"
         )
-    return _here() / full.removeprefix(SHIPPED_PREFIX)
-
-
-def _here() -> Path:
-    return Path(__file__).parent
+    return _HERE / full.removeprefix(SHIPPED_PREFIX)

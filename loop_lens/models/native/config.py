@@ -22,6 +22,11 @@ class LoopedConfig(PreTrainedConfig):
     Published families are mappings onto these fields (`loop_lens.models.published`); the defaults are a
     small model that trains well.
 
+    Example:
+        >>> config = loop_lens.LoopedConfig(hidden_size=32, core_layers=3, recurrences=8)
+        >>> print(config.schedule())
+        EX
+
     Attributes:
         vocab_size: Number of tokens.
         hidden_size: Width of the residual stream, d_model.

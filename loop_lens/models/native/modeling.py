@@ -296,6 +296,11 @@ class LoopedTransformer(LoopedPreTrainedModel, GenerationMixin):
     ``model.initial_state`` and ``model.config.recurrences`` may change at any time. Two forwards of
     the same tokens are equal: noise is drawn from the seed in ``initial_state`` (0 by default), by
     position, so that batches, padding on the left and cached decoding do not change it.
+
+    Example:
+        >>> bare = loop_lens.LoopedTransformer(loop_lens.LoopedConfig(vocab_size=10, recurrences=3))
+        >>> bare(torch.arange(5)[None], read_iterations=True).iteration_logits.shape
+        torch.Size([3, 1, 5, 10])
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from loop_lens.models.checkpoint import WeightsError, require_fitting
+
 Split = Callable[[Tensor], tuple[Tensor, ...]]
 Join = Callable[..., Tensor]
-
-
-class WeightsError(ValueError):
-    """A checkpoint whose weights are not those of the family that its config names."""
 
 
 @dataclass(frozen=True)
@@ -100,18 +98,11 @@ def to_native(
     """
     entries = list(entries)
     wanted = {entry.published for entry in entries}
-    missing = sorted(wanted - set(published))
-    extra = sorted(set(published) - wanted - set(ignored))
-    if missing or extra:
-        raise WeightsError(
-            f"{source} does not hold this family's weights: "
-            + "; ".join(
-                f"{len(names)} {what} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
-                for what, names in (("missing", missing), ("unknown", extra))
-                if names
-            )
-            + ". Its config.json and its weights must be of the same model."
-        )
+    require_fitting(
+        source,
+        missing=wanted - set(published),
+        unknown=set(published) - wanted - set(ignored),
+    )
     loaded: dict[str, Tensor] = {}
     for entry in tqdm(entries, desc="loading weights", delay=2, leave=False):
         tensor = published[entry.published]
