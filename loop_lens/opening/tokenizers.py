@@ -30,7 +30,9 @@ def prepare_tokenizer(tokenizer: Any, cfg: Any) -> Any:
     """A tokenizer as transformer-lens wants it, and in ``cfg`` what it adds to texts."""
     if tokenizer is None:
         return None
-    tokenizer = copy.deepcopy(tokenizer)  # transformer-lens gives it special tokens: to read with, not to save
+    tokenizer = copy.deepcopy(
+        tokenizer
+    )  # transformer-lens gives it special tokens: to read with, not to save
     if not tokenizer.init_kwargs.get("name_or_path"):
         # Made in memory: transformer-lens would load it anew to have BOS tokens added, from nowhere.
         tokenizer.init_kwargs |= {"name_or_path": "in memory", "add_bos_token": True}

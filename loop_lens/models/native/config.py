@@ -25,7 +25,9 @@ class LoopedConfig(PreTrainedConfig):
     Example:
         >>> config = loop_lens.LoopedConfig(hidden_size=32, core_layers=3, recurrences=8)
         >>> print(config.schedule())
-        EX
+        prelude  1 block             firing  0
+        loop     8 x 3 blocks        firings 1-24
+        coda     1 block             firing  25
 
     Attributes:
         vocab_size: Number of tokens.

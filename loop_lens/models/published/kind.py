@@ -60,7 +60,7 @@ PUBLISHED = PublishedKind()
 
 
 def _config_of(model: Any) -> dict[str, Any]:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.to_dict() if hasattr(config, "to_dict") else {}
 
 
