@@ -95,7 +95,7 @@ def read_prompts(
         >>> [tokens.tolist() for tokens in read_prompts(model, padded)]
         [[0, 2]]
     """
-    tokens = _tokens_of_each(model, prompts, name, None if any_length else context_of(model))
+    tokens = _tokens_of_each(model, prompts, name, any_length)
     first = next(tokens, None)  # so that what cannot be read is refused here, not where it is iterated over
     if first is None:
         raise ValueError(f"{name} is empty: there are no prompts")
@@ -159,31 +159,35 @@ def read_together(model: TransformerBridge, prompts: Any, name: str) -> Int[Tens
     return torch.stack(each).to(device_of(model))
 
 
-def _tokens_of_each(
-    model: TransformerBridge, prompts: Any, name: str, context: int | None
-) -> Iterator[Tensor]:
+def _tokens_of_each(model: TransformerBridge, prompts: Any, name: str, any_length: bool) -> Iterator[Tensor]:
     for i, form in enumerate(forms_of(prompts, name)):
         which = f"prompt {i}" if name == "prompts" else f"prompt {i} of {name}"
         tokens = _tokens(model, form, which)
-        if not len(tokens):
-            raise ValueError(f"{which} has no tokens")
-        vocab = model.cfg.d_vocab
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or 0 < vocab <= high:
-            raise ValueError(
-                f"{which} has the id {low if low < 0 else high}, and the vocabulary has 0-{vocab - 1}"
-            )
-        if context is not None and len(tokens) > context:
-            raise ValueError(
-                f"{which} has {len(tokens)} tokens and the model's context {context}: give it in parts"
-            )
+        require_ids(model, tokens, which)
+        if not any_length:
+            require_context(model, len(tokens), which)
         yield tokens
 
 
-def context_of(model: TransformerBridge) -> int | None:
-    """Positions that a model has, None where its config does not say."""
+def require_ids(model: TransformerBridge, tokens: Tensor, which: str) -> None:
+    """Raise ValueError unless tokens are in the vocabulary, and there are some."""
+    if not tokens.numel():
+        raise ValueError(f"{which} has no tokens")
+    vocab, low, high = model.cfg.d_vocab, int(tokens.min()), int(tokens.max())
+    if low < 0 or 0 < vocab <= high:
+        raise ValueError(
+            f"{which} has the id {low if low < 0 else high}, and the vocabulary has 0-{vocab - 1}"
+        )
+
+
+def require_context(model: TransformerBridge, n: int, which: str) -> None:
+    """Raise ValueError if so many tokens are more than the model has positions for."""
     config = getattr(model.original_model, "config", None)
-    return model.cfg.n_ctx if any(getattr(config, field, None) for field in _CONTEXT) else None
+    if n > model.cfg.n_ctx and any(getattr(config, field, None) for field in _CONTEXT):
+        raise ValueError(
+            f"{which} has {n} tokens and the model's context {model.cfg.n_ctx}: give it in parts, or raise "
+            "model.cfg.n_ctx if the model is to run beyond what it was made for"
+        )
 
 
 def _tokens(model: TransformerBridge, form: Form, which: str) -> Tensor:
@@ -191,7 +195,7 @@ def _tokens(model: TransformerBridge, form: Form, which: str) -> Tensor:
     content = form.content
     if isinstance(content, Tensor):
         ids = content.cpu()
-        return _unmasked(ids, form.mask, which) if form.mask is not None else _unpadded(model, ids, which)
+        return unmasked(ids, form.mask, which) if form.mask is not None else _unpadded(model, ids, which)
     if model.tokenizer is None:
         raise ValueError(
             f"the model has no tokenizer: give {which} as ids, or open the model with tokenizer="
@@ -221,7 +225,7 @@ def _rendered(tokenizer: Any, messages: list[Any], which: str) -> str:
         raise ValueError(f"the tokenizer's chat template refuses {which}: {error}") from error
 
 
-def _unmasked(ids: Tensor, mask: Tensor, which: str) -> Tensor:
+def unmasked(ids: Tensor, mask: Tensor, which: str) -> Tensor:
     """The ids that a mask keeps."""
     (kept,) = mask.nonzero(as_tuple=True)
     if len(kept) and int(kept[-1] - kept[0]) + 1 != len(kept):
