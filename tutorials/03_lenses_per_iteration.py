@@ -74,7 +74,6 @@ trained = fit_tuned_lens(
     model,
     text,
     sites=few,
-    form="low_rank",
     rank=32,
     steps=30,
     batch_size=2,
@@ -82,7 +81,7 @@ trained = fit_tuned_lens(
     learning_rate=3e-3,
     progress=False,
 )
-tuned = loop_lens.lens(model, prompt, kind="tuned", lens=trained, sites=few, targets=" Paris", positions=[-1])
+tuned = loop_lens.lens(model, prompt, kind=trained, sites=few, targets=" Paris", positions=[-1])
 plain = loop_lens.lens(model, prompt, sites=few, targets=" Paris", positions=[-1])
 print(f"{'':<18}{'KL on unseen text, nats':>26}{'rank of Paris':>22}")
 print(f"{'':<18}{'logit':>13}{'tuned':>13}{'logit':>11}{'tuned':>11}")

@@ -6,18 +6,17 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, Self
 
-from transformer_lens.model_bridge import TransformerBridge
-
 from loop_lens.bridge.firings import Firings
 from loop_lens.bridge.names import Select, find_site, select_sites
 from loop_lens.bridge.registry import HookRegistry
+from loop_lens.prompts.inputs import ReadsInput
 from loop_lens.unrolling.body import LoopBody
 from loop_lens.unrolling.schedule import Schedule
 from loop_lens.unrolling.sites import Site
 from loop_lens.unrolling.tree import Iteration
 
 
-class LoopedBridge(TransformerBridge):
+class LoopedBridge(ReadsInput):
     """A bridge over the firings of a loop: what fires, how often, and under which names.
 
     Attributes:

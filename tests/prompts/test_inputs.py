@@ -46,7 +46,7 @@ def test_padding_that_a_mask_tells_changes_no_token(name: str) -> None:
     alone = [model(torch.tensor([row]))[0] for row in ROWS]
     for side, real in (("left", slice(3, None)), ("right", slice(3))):
         encoding = padded(side)
-        pattern = model.name("pattern", iteration=0, layer=0)
+        pattern = model.names("pattern")[0]
         cached, cache = model.run_with_cache(encoding, names_filter=pattern)
         for logits in (model(encoding), cached, model.run_with_hooks(encoding, fwd_hooks=[])):
             assert torch.allclose(logits[0], alone[0], atol=1e-5)
@@ -78,7 +78,9 @@ def test_a_mapping_without_padding_is_its_ids() -> None:
     for form in forms:
         assert torch.equal(model(form), expected)
     both = model(["w6 w7 w8", "w9"])
-    assert torch.equal(model(model.tokenizer(["w6 w7 w8", "w9"])), both)
+    ragged = model(model.tokenizer(["w6 w7 w8", "w9"]))
+    assert torch.allclose(ragged[0], both[0], atol=1e-5)
+    assert torch.allclose(ragged[1, :2], both[1, :2], atol=1e-5)
 
 
 @pytest.mark.parametrize("call", ["forward", "run_with_cache", "run_with_hooks", "generate"])
