@@ -115,3 +115,12 @@ def test_no_public_function_is_named_like_a_module() -> None:
 def test_the_package_prints_nothing_and_has_no_banners() -> None:
     for path in FILES:
         assert not re.search(r"^\s*print\(|^\s*# ---", path.read_text(), flags=re.M), path
+
+
+def test_what_the_design_names_is_there() -> None:
+    named = re.findall(r"`((?:\w+/)+\w+\.py)` `([\w.]+)`", DESIGN.read_text())
+    assert len(named) > 10
+    for path, name in named:
+        thing: object = importlib.import_module(f"loop_lens.{path.removesuffix('.py').replace('/', '.')}")
+        for part in name.split("."):
+            thing = getattr(thing, part)
