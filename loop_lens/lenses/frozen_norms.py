@@ -22,14 +22,12 @@ def frozen_norms(model: HookedLoopedTransformer) -> Generator[None, None, None]:
     """Let every norm have its value, and the derivative that it has at a constant scale."""
     # The final norm's bridge, too: for layer norms it computes by itself.
     modules: dict[int, nn.Module] = {id(model.ln_final): model.ln_final}
-    trees: list[nn.Module] = [model.original_model, *(model.blocks[f.index] for f in model.schedule)]
-    for tree in trees:
+    blocks = (model.blocks[firing.index] for firing in model.schedule)
+    for tree in (model.original_model, *model.body.unregistered, *blocks):
         for module in tree.modules():
-            held = (value for value in vars(module).values() if isinstance(value, nn.Module))
-            for one in (module, *held):
-                # A bridge runs the model's own norm below its hook points, which must stay outside.
-                if type(one).__name__.endswith("Norm"):
-                    modules[id(one)] = one
+            # A bridge runs the model's own norm below its hook points, which must stay outside.
+            if type(module).__name__.endswith("Norm"):
+                modules[id(module)] = module
     handles = [module.register_forward_hook(_freeze) for module in modules.values()]
     try:
         yield

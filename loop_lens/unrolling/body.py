@@ -7,7 +7,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from loop_lens.unrolling.unroller import Order, Unroller
 
@@ -78,6 +78,11 @@ class LoopBody(Unroller):
     def inject(self, state: Tensor, e: Tensor) -> Tensor:
         """The state [batch pos d_model] after the injection of e [batch pos d_model]."""
         return state + e
+
+    @property
+    def unregistered(self) -> tuple[nn.Module, ...]:
+        """Modules that run in the loop and stand in no module tree."""
+        return ()
 
     @property
     def ends_normed(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from loop_lens.models.native.modeling import LoopedTransformer
 from loop_lens.models.native.state import require_initial_state
@@ -68,6 +68,11 @@ class NativeBody(LoopBody):
     def inject(self, state: Tensor, e: Tensor) -> Tensor:
         """The state after the model's own injection."""
         return self.model.injection(state, e)
+
+    @property
+    def unregistered(self) -> tuple[nn.Module, ...]:
+        """The norm inside the loop, a tied clone of the final one."""
+        return (self.model.inner_norm,)
 
     @property
     def ends_normed(self) -> bool:
