@@ -212,7 +212,7 @@ for shape, options in shapes.items():
 # %%
 with model.at_recurrences(5):
     page = model.to_tokens(text[:1500])[:, :200]
-    curve = exit_curve(model, page, rule="kl", thresholds=[0.02, 0.05, 0.2, 0.5, 2.0])
+    curve = exit_curve(model, page, rule="kl", thresholds=[0.02, 0.05, 0.2, 0.5, 2.0]).to_dataframe()
 print(curve.to_string(index=False, float_format="{:.2f}".format))
 assert curve.agreement.is_monotonic_decreasing
 assert curve.accuracy.iloc[-1] > curve.accuracy.iloc[0]
@@ -225,4 +225,4 @@ assert curve.accuracy.iloc[-1] > curve.accuracy.iloc[0]
 #
 # - The logit and tuned lens see what is legible at a position, the coda lens what the model does with it; the last is exact.
 # - Attribution sums to the logit through injections and norms, and counts direct contributions only; patching counts all.
-# - Exit rules trade passes for agreement; `exits` says where each token would stop and what it would say.
+# - Exit rules trade passes for agreement; `find_exits` says where each token would stop and what it would say.
