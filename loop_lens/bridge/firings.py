@@ -21,9 +21,9 @@ from loop_lens.models.native.attention import accept_either_cache_name
 from loop_lens.unrolling.additive import NoScale
 from loop_lens.unrolling.body import LoopBody
 from loop_lens.unrolling.calls import Bare, hidden_states, map_output, with_hidden_states
+from loop_lens.unrolling.runs import Run
 from loop_lens.unrolling.sites import Firing
 from loop_lens.unrolling.slots import tied_clone
-from loop_lens.unrolling.unroller import Run
 
 
 class StreamHookPoint(HookPoint):

@@ -33,9 +33,9 @@ from loop_lens.unrolling.calls import (
     output_stream,
     with_hidden_states,
 )
+from loop_lens.unrolling.runs import Run
 from loop_lens.unrolling.schedule import Schedule
 from loop_lens.unrolling.tree import Blocks, Loop, Segments
-from loop_lens.unrolling.unroller import Run
 
 LOOP_RULES = ("naive", "residual_scaled", "euler", "ema", "input_anchor")
 """What an iteration makes of the state s, the window's output g(s) and the loop's input x0:

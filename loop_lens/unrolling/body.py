@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loop_lens.unrolling.unroller import Order, Unroller
+from loop_lens.unrolling.runs import Order
+from loop_lens.unrolling.unroller import Unroller
 
 
 class LoopBody(Unroller):

@@ -203,15 +203,16 @@ class Schedule:
         Raises:
             UnknownNameError: If there is none such.
         """
-        if (segment, iteration) not in self._boundary_at:
+        found = self._boundary(segment, iteration)
+        if found is None:
             raise UnknownNameError(
                 f"iteration {iteration} of {segment!r} does not exist: {self._describe_iterations(segment)}"
             )
-        return self._boundary_at[segment, iteration]
+        return found
 
-    @cached_property
-    def _boundary_at(self) -> dict[tuple[str | None, Iteration], Boundary]:
-        return {(boundary.segment, boundary.iteration): boundary for boundary in self._boundaries}
+    def _boundary(self, segment: str, iteration: Iteration) -> Boundary | None:
+        here = (b for b in self._boundaries if b.segment == segment and b.iteration == iteration)
+        return next(here, None)
 
     def between(self, hook: str, segment: str, iteration: Iteration) -> Site:
         """A site between blocks.
@@ -225,7 +226,7 @@ class Schedule:
             UnknownNameError: If there is none such.
         """
         name = between_name(hook)
-        place = self._boundary_at.get((segment, iteration))
+        place = self._boundary(segment, iteration)
         for known in (name, place and f"{place.prefix}.{name}"):
             if known in self.sites:
                 return self.sites[known]

@@ -11,29 +11,19 @@ import copy
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import Cache
 
-from loop_lens.unrolling.calls import (
-    Bare,
-    hidden_states,
-    with_hidden_states,
-)
+from loop_lens.unrolling.calls import Bare, hidden_states, with_hidden_states
 from loop_lens.unrolling.kv import CacheSlot
+from loop_lens.unrolling.runs import Order, Run
 from loop_lens.unrolling.schedule import Schedule
 from loop_lens.unrolling.sites import Firing
-from loop_lens.unrolling.slots import (
-    BlockSlot,
-    Slot,
-    TrunkSlot,
-    put_slot,
-    take_slot,
-)
+from loop_lens.unrolling.slots import BlockSlot, Slot, TrunkSlot, put_slot, take_slot
 
-Executor = Callable[["Run", Firing, Bare, tuple[Any, ...], dict[str, Any]], Any]
+Executor = Callable[[Run, Firing, Bare, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class Observer(Protocol):
@@ -46,70 +36,6 @@ class Observer(Protocol):
     def see(self, site: str, value: Tensor) -> Tensor:
         """Look at a value; what is returned goes on in its place."""
         ...
-
-
-@dataclass
-class Run:
-    """One forward in one thread.
-
-    Attributes:
-        calls: How often each physical block was called so far.
-        start: Firings before this one are not run: the input passes through them.
-        stop: The firing at which the forward ends, if any.
-        residual: What enters the firing ``start`` instead of its input, if anything.
-        rows: Which prompt each row of the batch belongs to [batch], None where row i is prompt i.
-        offset: Positions before this forward's first, in its key-value cache.
-        notes: Whatever an unroller's subclass keeps during one forward.
-
-    Example:
-        >>> with model.body.forward() as run:
-        ...     run.calls  # of the prelude's, the core's two and the coda's block
-        [0, 0, 0, 0]
-    """
-
-    calls: list[int]
-    start: int = 0
-    stop: int | None = None
-    residual: Tensor | None = None
-    rows: Tensor | None = None
-    offset: int = 0
-    notes: dict[str, Any] = field(default_factory=dict[str, Any])
-
-
-@dataclass(frozen=True)
-class Order:
-    """Iterations of the outermost loop that run in another order than they are named in.
-
-    Attributes:
-        executed: The schedule of what runs.
-        named: The firing, by its own name, of each firing that runs.
-        loop: The outermost loop.
-        order: The iterations' names, in the order in which they run.
-    """
-
-    executed: Schedule
-    named: tuple[Firing, ...]
-    loop: str
-    order: tuple[int, ...]
-
-    @classmethod
-    def of(cls, names: Schedule, executed: Schedule, order: tuple[int, ...]) -> Order:
-        """Match what runs with the names that it keeps."""
-        loop = names.main_loop
-        prefixes = [_renamed(firing.prefix, loop, order) for firing in executed]
-        return cls(executed, tuple(names.by_prefix[prefix] for prefix in prefixes), loop, order)
-
-    def name(self, site: str) -> str:
-        """The name of a site between blocks, from where it runs."""
-        return _renamed(site, self.loop, self.order)
-
-
-def _renamed(name: str, loop: str, order: tuple[int, ...]) -> str:
-    head, _, rest = name.partition(".")
-    if head != loop:
-        return name
-    t, _, tail = rest.partition(".")
-    return f"{loop}.{order[int(t)]}.{tail}"
 
 
 class FiringCountError(RuntimeError):
@@ -127,6 +53,14 @@ class FiringCountError(RuntimeError):
         ...         print(error)
         block 0 was called more than 1 times in one forward, ...
     """
+
+
+class _Thread(threading.local):
+    """What one thread runs: its forwards under way, and the window of the next one."""
+
+    def __init__(self) -> None:
+        self.runs: list[Run] = []
+        self.window: dict[str, Any] = {}
 
 
 class Unroller:
@@ -180,13 +114,12 @@ class Unroller:
         self.order: Order | None = None
         self.executor: Executor | None = None
         self.observer: Observer | None = None
-        self._local = threading.local()
+        self._thread = _Thread()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Unroller:
-        new = copy.copy(self)
-        memo[id(self)] = new
-        for key, value in self.__dict__.items():
-            new.__dict__[key] = threading.local() if key == "_local" else copy.deepcopy(value, memo)
+        new = memo[id(self)] = copy.copy(self)
+        memo[id(self._thread)] = _Thread()  # nobody runs the copy yet
+        vars(new).update(copy.deepcopy(vars(self), memo))
         return new
 
     def install(self) -> None:
@@ -209,20 +142,20 @@ class Unroller:
     @property
     def run(self) -> Run | None:
         """The forward under way in this thread, if any."""
-        runs: list[Run] = getattr(self._local, "runs", [])
+        runs = self._thread.runs
         return runs[-1] if runs else None
 
     @contextmanager
     def forward(self, offset: int = 0) -> Generator[Run, None, None]:
         """Count the calls in this context as one forward. The trunk's slot enters it by itself."""
-        runs: list[Run] = self._local.__dict__.setdefault("runs", [])
-        window = self._local.__dict__.pop("window", {})
-        run = Run([0] * len(self.blocks), offset=offset, **window)
-        runs.append(run)
+        thread = self._thread
+        run = Run([0] * len(self.blocks), offset=offset, **thread.window)
+        thread.window = {}
+        thread.runs.append(run)
         try:
             yield run
         finally:
-            runs.pop()
+            thread.runs.pop()
 
     @contextmanager
     def window(
@@ -233,11 +166,11 @@ class Unroller:
         rows: Tensor | None = None,
     ) -> Generator[None, None, None]:
         """Run only the firings ``start`` to ``stop`` (excluded) in the next forward of this thread."""
-        self._local.window = {"start": start, "stop": stop, "residual": residual, "rows": rows}
+        self._thread.window = {"start": start, "stop": stop, "residual": residual, "rows": rows}
         try:
             yield
         finally:
-            self._local.__dict__.pop("window", None)
+            self._thread.window = {}
 
     def call(self, slot: int, bare: Bare, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the next firing of a physical block. Outside a forward, the block itself."""
