@@ -22,8 +22,9 @@ from loop_lens.figures.canvas import new_figure
 from loop_lens.lenses.components import Component, Cut, dotted
 from loop_lens.lenses.frozen_norms import frozen_norms, original
 from loop_lens.lenses.logit import is_normed
-from loop_lens.lenses.positions import Positions, read_batch
+from loop_lens.lenses.positions import Positions
 from loop_lens.measuring.results import Result, merged
+from loop_lens.prompts.reader import read_batch
 from loop_lens.prompts.tokens import token_ids
 
 Target = str | int | tuple[str | int, str | int] | Tensor

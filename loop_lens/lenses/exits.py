@@ -16,10 +16,10 @@ from loop_lens.figures.lines import line_figure
 from loop_lens.lenses.base import sites_of
 from loop_lens.lenses.coda import CodaLens
 from loop_lens.lenses.exit_rules import EXIT_RULES, READS_LOGITS, exit_scores, require_rule, stops
-from loop_lens.lenses.positions import Positions, read_batch
+from loop_lens.lenses.positions import Positions
 from loop_lens.lenses.result import NAN
 from loop_lens.measuring.results import Result, merged
-from loop_lens.prompts.reader import Batch
+from loop_lens.prompts.reader import Batch, read_batch
 from loop_lens.unrolling.sites import Site
 
 

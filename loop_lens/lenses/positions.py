@@ -5,23 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-
-from loop_lens.bridge.model import HookedLoopedTransformer
-from loop_lens.prompts.reader import Batch, device_of, read_prompts
-
-
-def read_batch(model: HookedLoopedTransformer, prompts: Any) -> Batch:
-    """All prompts as one batch in their order, padded on the right."""
-    each = list(read_prompts(model, prompts))
-    tokens = torch.nn.utils.rnn.pad_sequence([one.long() for one in each], batch_first=True)
-    mask = torch.arange(tokens.shape[1]) < torch.tensor([len(one) for one in each])[:, None]
-    device = device_of(model)
-    return Batch(tokens.to(device), mask.to(device), tuple(range(len(each))))
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from loop_lens.lenses.base import Lens, sites_of
 from loop_lens.lenses.coda import CodaLens
 from loop_lens.lenses.logit import LogitLens
 from loop_lens.lenses.native import NativeLens
-from loop_lens.lenses.positions import Positions, read_batch
+from loop_lens.lenses.positions import Positions
 from loop_lens.lenses.result import NAN, LensResult
+from loop_lens.prompts.reader import read_batch
 from loop_lens.prompts.tokens import Tokens, token_ids, words_of
 from loop_lens.unrolling.sites import Site
 

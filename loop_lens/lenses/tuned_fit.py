@@ -15,9 +15,8 @@ from transformer_lens.tools.analysis import logit_readout
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.lenses.base import sites_of
 from loop_lens.lenses.logit import LogitLens, is_normed
-from loop_lens.lenses.positions import read_batch
 from loop_lens.lenses.tuned import TunedLens, fingerprint, translator_key
-from loop_lens.prompts.reader import device_of, read_prompts
+from loop_lens.prompts.reader import device_of, read_batch, read_prompts
 from loop_lens.unrolling.sites import Site
 
 

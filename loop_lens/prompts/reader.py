@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,16 +121,32 @@ def batches_of(model: TransformerBridge, prompts: Any, batch_size: int) -> Itera
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    rows = enumerate(read_prompts(model, prompts))
+    numbered = enumerate(read_prompts(model, prompts))
     device = device_of(model)
-    while bucket := list(itertools.islice(rows, _BUCKET * batch_size * world)):
+    while bucket := list(itertools.islice(numbered, _BUCKET * batch_size * world)):
         bucket = sorted(bucket[rank::world], key=lambda row: len(row[1]))
         for start in range(0, len(bucket), batch_size):
             chunk = bucket[start : start + batch_size]
-            lengths = torch.tensor([len(tokens) for _, tokens in chunk])
-            tokens = torch.nn.utils.rnn.pad_sequence([tokens for _, tokens in chunk], batch_first=True)
-            mask = torch.arange(tokens.shape[1]) < lengths[:, None]
-            yield Batch(tokens.to(device), mask.to(device), tuple(i for i, _ in chunk))
+            index, rows = zip(*chunk, strict=True)
+            yield _padded(rows, index, device)
+
+
+def read_batch(model: TransformerBridge, prompts: Any) -> Batch:
+    """All prompts as one batch, in the order in which they were given.
+
+    Args:
+        model: The model.
+        prompts: As for `read_prompts`.
+    """
+    rows = list(read_prompts(model, prompts))
+    return _padded(rows, range(len(rows)), device_of(model))
+
+
+def _padded(rows: Sequence[Tensor], index: Sequence[int], device: torch.device) -> Batch:
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    mask = torch.arange(tokens.shape[1]) < lengths[:, None]
+    return Batch(tokens.to(device), mask.to(device), tuple(index))
 
 
 def read_together(model: TransformerBridge, prompts: Any, name: str) -> Int[Tensor, "prompt pos"]:
