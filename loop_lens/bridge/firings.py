@@ -15,6 +15,7 @@ from transformer_lens.model_bridge.component_setup import setup_submodules
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from loop_lens.bridge.blocks import FiringBlocks, hook_point
+from loop_lens.bridge.norms import keep_own_norms
 from loop_lens.bridge.projections import SplitProjection, split_projections
 from loop_lens.bridge.registry import BlockNames, HookRegistry
 from loop_lens.models.native.attention import accept_either_cache_name
@@ -90,6 +91,7 @@ class Firings:
     def adopt(self) -> None:
         """Take over the prototypes that transformer-lens has wired, and install the firings."""
         self.prototypes = self.bridge.blocks  # type: ignore[assignment]
+        keep_own_norms(self.bridge)
         for prototype in self.prototypes:
             _prepare(prototype)
             if isinstance(mid := getattr(prototype, "hook_resid_mid", None), HookPoint):
@@ -219,3 +221,4 @@ def _prepare(block: nn.Module) -> None:
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False  # type: ignore[assignment]
     accept_either_cache_name(block)
+    keep_own_norms(block)

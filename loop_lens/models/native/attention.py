@@ -57,7 +57,7 @@ class LoopedAttentionBridge(PositionEmbeddingsAttentionBridge):
             )
             out, _ = attend(attn, q, k, v, mask, dropout=0.0, scaling=attn.scaling)
             if seen is not None:
-                out = _ValueAndGraph.apply(out.detach(), seen)
+                out = ValueAndGraph.apply(out.detach(), seen)
         out = self.o(out.reshape(*hidden.shape[:-1], -1).contiguous())
         return self.hook_out(out), pattern
 
@@ -82,9 +82,9 @@ class LoopedAttentionBridge(PositionEmbeddingsAttentionBridge):
             return None, None, True
         scores = torch.matmul(q, repeat_kv(k, attn.num_key_value_groups).transpose(-2, -1)) * attn.scaling
         scores = self._apply_reconstruct_attention_mask(scores, mask, k.shape[-2], q.shape[-2])
-        scores, scores_kept = _show(self.hook_attn_scores, scores)
+        scores, scores_kept = shown(self.hook_attn_scores, scores)
         pattern = torch.nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-        pattern, pattern_kept = _show(self.hook_pattern, pattern)
+        pattern, pattern_kept = shown(self.hook_pattern, pattern)
         kept = scores_kept and pattern_kept
         if kept and not pattern.requires_grad:
             return None, pattern, True
@@ -92,7 +92,7 @@ class LoopedAttentionBridge(PositionEmbeddingsAttentionBridge):
         return out.transpose(1, 2).contiguous(), pattern, kept
 
 
-class _ValueAndGraph(torch.autograd.Function):
+class ValueAndGraph(torch.autograd.Function):
     """One tensor's value with another's derivative, where both are the same up to rounding."""
 
     generate_vmap_rule = True
@@ -130,16 +130,22 @@ class _EitherCacheName:
 def accept_either_cache_name(block: nn.Module) -> None:
     """Let a block's attention use a key-value cache whatever transformers calls it."""
     for module in block.modules():
-        own = type(module)
-        if isinstance(module, AttentionBridge) and not issubclass(own, _EitherCacheName):
-            both: Any = type(own.__name__, (_EitherCacheName, own), {"__module__": own.__module__})
-            module.__class__ = both
+        if isinstance(module, AttentionBridge):
+            mix_in(module, _EitherCacheName)
 
 
-def _show(point: HookPoint, value: Tensor) -> tuple[Tensor, bool]:
-    """What a hook point makes of a value, and whether the value is known to be untouched by it."""
-    if value.is_inference():
-        return point(value), False
-    version = value._version
-    shown = point(value)
-    return shown, shown is value and value._version == version
+def mix_in(module: nn.Module, mixin: type) -> None:
+    """Put a class over a module's own, once."""
+    own = type(module)
+    if not issubclass(own, mixin):
+        both: Any = type(own.__name__, (mixin, own), {"__module__": own.__module__})
+        module.__class__ = both
+
+
+def shown(point: HookPoint, value: Tensor) -> tuple[Tensor, bool]:
+    """What a hook point makes of a value, and whether it is known to have left it as it was."""
+    before = value.clone() if value.is_inference() else value  # inference tensors count no versions
+    version = None if value.is_inference() else value._version
+    seen = point(value)
+    kept = seen is value if before is value else torch.equal(seen, before)
+    return seen, kept and (version is None or value._version == version)

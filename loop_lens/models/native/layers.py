@@ -32,6 +32,21 @@ class ScaledEmbedding(nn.Embedding):
         return embedded if self.scale == 1.0 else embedded * self.scale
 
 
+def widened(x: Tensor) -> Tensor:
+    """A value in the type in which norms are computed: float32, or its own if that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class LoopedRMSNorm(LlamaRMSNorm):
+    """RMS norm over the last dimension, in float64 where the model is."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Norm [... d]."""
+        wide = widened(hidden_states)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(hidden_states.dtype)
+
+
 class UnitRMSNorm(nn.Module):
     """RMS norm without weights over the last dimension."""
 
@@ -41,7 +56,7 @@ class UnitRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Norm [... d]."""
-        return nn.functional.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype)
+        return nn.functional.rms_norm(widened(x), (x.shape[-1],), eps=self.eps).to(x.dtype)
 
 
 class LoopedAttention(nn.Module):
@@ -63,11 +78,11 @@ class LoopedAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * d_head, bias=config.attention_bias)
         self.o_proj = nn.Linear(heads * d_head, config.hidden_size, bias=config.attention_bias)
         if config.qk_norm == "full":
-            self.q_norm = LlamaRMSNorm(heads * d_head, config.rms_norm_eps)
-            self.k_norm = LlamaRMSNorm(kv_heads * d_head, config.rms_norm_eps)
+            self.q_norm = LoopedRMSNorm(heads * d_head, config.rms_norm_eps)
+            self.k_norm = LoopedRMSNorm(kv_heads * d_head, config.rms_norm_eps)
         elif config.qk_norm == "head":
-            self.q_norm = LlamaRMSNorm(d_head, config.rms_norm_eps)
-            self.k_norm = LlamaRMSNorm(d_head, config.rms_norm_eps)
+            self.q_norm = LoopedRMSNorm(d_head, config.rms_norm_eps)
+            self.k_norm = LoopedRMSNorm(d_head, config.rms_norm_eps)
         elif config.qk_norm == "head_after_rope":
             self.q_norm, self.k_norm = UnitRMSNorm(config.rms_norm_eps), UnitRMSNorm(config.rms_norm_eps)
 
@@ -129,11 +144,11 @@ class LoopedBlock(GradientCheckpointingLayer):
         self.self_attn = LoopedAttention(config, layer_idx)
         self.mlp = LoopedMLP(config)
         if self.convention != "post_branch":
-            self.attn_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.mlp_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.attn_norm = LoopedRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.mlp_norm = LoopedRMSNorm(config.hidden_size, config.rms_norm_eps)
         if self.convention != "pre":
-            self.attn_post_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.mlp_post_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.attn_post_norm = LoopedRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.mlp_post_norm = LoopedRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """Map the stream [batch pos d_model] to itself."""

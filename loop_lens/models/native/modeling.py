@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from loop_lens.models.native.config import LoopedConfig
 from loop_lens.models.native.layers import (
@@ -20,6 +20,7 @@ from loop_lens.models.native.layers import (
     DiagonalInjection,
     LinearInjection,
     LoopedBlock,
+    LoopedRMSNorm,
     ScaledEmbedding,
 )
 from loop_lens.models.native.state import InitialState, draw_initial_state
@@ -126,12 +127,12 @@ class LoopedModel(LoopedPreTrainedModel):
         elif config.injection == "add":
             self.injection = AddInjection()
         if config.prelude_norm:
-            self.prelude_norm = LlamaRMSNorm(d_model, config.rms_norm_eps)
+            self.prelude_norm = LoopedRMSNorm(d_model, config.rms_norm_eps)
         if config.state_projection:
             self.state_projection = nn.Linear(d_model, d_model, bias=False)
         if config.exit_gate:
             self.exit_gate = nn.Linear(d_model, 1)
-        self.norm = LlamaRMSNorm(d_model, config.rms_norm_eps)
+        self.norm = LoopedRMSNorm(d_model, config.rms_norm_eps)
         # In a tuple it is no submodule, so its weights have no second name in the state dict.
         self._unregistered = (tied_clone(self.norm),)
         self.initial_state: InitialState = 0
@@ -140,7 +141,7 @@ class LoopedModel(LoopedPreTrainedModel):
         self.post_init()
 
     @property
-    def inner_norm(self) -> LlamaRMSNorm:
+    def inner_norm(self) -> LoopedRMSNorm:
         """The final norm's weights in a module of their own: whoever hooks the final norm sees it once."""
         return self._unregistered[0]
 
