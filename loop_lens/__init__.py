@@ -7,6 +7,7 @@ from loop_lens.interventions.sweep import patch_sweep
 from loop_lens.lenses.attribution import attribute
 from loop_lens.lenses.readout import lens
 from loop_lens.models.checkpoint import UnsafeCheckpointError, WeightsError
+from loop_lens.models.files import UnreadableError
 from loop_lens.models.kind import UnknownFamilyError
 from loop_lens.models.native import LoopedConfig, LoopedTransformer
 from loop_lens.opening.entry import boot, loopify, wrap
@@ -26,6 +27,7 @@ __all__ = [
     "SweepResult",
     "UnknownFamilyError",
     "UnknownNameError",
+    "UnreadableError",
     "UnsafeCheckpointError",
     "WeightsError",
     "attribute",

@@ -34,10 +34,7 @@ class RemoteKind(Kind):
                 "its own code is not allowed to run: pass trust_remote_code=True if you trust it"
             )
         return checkpoint.open_with(
-            AutoModelForCausalLM,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            trust_remote_code=True,
+            AutoModelForCausalLM, dtype=dtype, attn_implementation=attn_implementation
         )
 
 

@@ -23,6 +23,7 @@ from transformer_lens.utilities.attn_implementation import force_eager_attention
 from transformers import AutoModelForCausalLM
 
 from loop_lens.models.checkpoint import Checkpoint
+from loop_lens.models.files import reading
 from loop_lens.models.kind import Kind, Unrolled, bridge_config
 from loop_lens.unrolling.body import LoopBody
 from loop_lens.unrolling.calls import (
@@ -215,20 +216,25 @@ class WindowKind(Kind):
         self, checkpoint: Checkpoint, *, dtype: torch.dtype | None, attn_implementation: str | None
     ) -> nn.Module:
         """The ordinary decoder."""
+        with reading(checkpoint.config_path):
+            _saved(checkpoint.config["loop_lens"])
         return checkpoint.open_with(
             AutoModelForCausalLM, dtype=dtype, attn_implementation=attn_implementation
         )
 
     def unroll(self, model: Any, *, name: str, tokenizer: Any) -> Unrolled:
         """The decoder with the window that its config names."""
-        saved = model.config.loop_lens
-        first, last = saved["layers"]
-        return unroll_window(
-            model, range(first, last + 1), saved["times"], rule=saved["rule"], alpha=saved["alpha"], name=name
-        )
+        layers, times, rule, alpha = _saved(model.config.loop_lens)
+        return unroll_window(model, layers, times, rule=rule, alpha=alpha, name=name)
 
 
 WINDOW = WindowKind()
+
+
+def _saved(about: Mapping[str, Any]) -> tuple[range, int, str, float | None]:
+    """Layers, times, rule and its weight, as a saved config says them."""
+    first, last = about["layers"]
+    return range(first, last + 1), about["times"], about["rule"], about["alpha"]
 
 
 def unroll_window(

@@ -46,7 +46,7 @@ def boot(
             which hooked and unhooked blocks agree bitwise.
         tokenizer: Instead of the checkpoint's own.
         trust_remote_code: Whether code from the checkpoint may run, for families that loop_lens
-            does not know. The known ones never need it.
+            does not know. The known ones never need it. Nobody is asked while a model is opened.
 
     Example:
         >>> model = loop_lens.boot("loop-lens/hops", recurrences=6)
@@ -60,13 +60,14 @@ def boot(
         UnknownFamilyError: If its family cannot be told.
         WeightsError: If its weights do not fit its config.
         UnsafeCheckpointError: If its weights are pickled.
+        UnreadableError: If a file is damaged, or names files outside its folder. The two errors before are of its kind.
     """
     checkpoint = find_checkpoint(model_name, revision, trusted=trust_remote_code)
     kind = kind_of_checkpoint(checkpoint)
     model = kind.load(checkpoint, dtype=_dtype(dtype), attn_implementation=attn_implementation)
     return wrap(
         model if device is None else model.to(device),
-        tokenizer=load_tokenizer(checkpoint.folder) if tokenizer is None else tokenizer,
+        tokenizer=load_tokenizer(checkpoint) if tokenizer is None else tokenizer,
         recurrences=recurrences,
         initial_state=initial_state,
         model_name=checkpoint.name,

@@ -18,10 +18,11 @@ def find_checkpoint(
     Raises:
         FileNotFoundError: If there is none.
     """
-    return Checkpoint(_folder_of(model_name, revision), str(model_name), trusted=trusted)
+    patterns = [*_HUB_FILES, "*.py"] if trusted else _HUB_FILES
+    return Checkpoint(_folder_of(model_name, revision, patterns), str(model_name), trusted=trusted)
 
 
-def _folder_of(model_name: str | Path, revision: str | None) -> Path:
+def _folder_of(model_name: str | Path, revision: str | None, patterns: list[str]) -> Path:
     name = str(model_name)
     if name.startswith(SHIPPED_PREFIX):
         return shipped_folder(name)
@@ -34,7 +35,7 @@ def _folder_of(model_name: str | Path, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"{name} is no local folder, and the hub did not give it: {error}. Check the name, the network, "

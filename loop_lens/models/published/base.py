@@ -82,6 +82,6 @@ def require_fields(published: Config, *names: str) -> None:
     missing = [name for name in names if published.get(name) is None]
     if missing:
         raise ValueError(
-            f"config.json lacks {', '.join(missing)}, which model_type "
-            f"{published.get('model_type')!r} needs: it is not a published config of that family"
+            f"{', '.join(missing)} missing, which model_type {published.get('model_type')!r} needs: it is not a "
+            "published config of that family"
         )

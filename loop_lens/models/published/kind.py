@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from loop_lens.models.checkpoint import Checkpoint
+from loop_lens.models.files import reading
 from loop_lens.models.kind import Kind, UnknownFamilyError, Unrolled
 from loop_lens.models.native.kind import NATIVE, build_native
 from loop_lens.models.native.modeling import LoopedTransformer
@@ -39,8 +40,10 @@ class PublishedKind(Kind):
             raise UnknownFamilyError(
                 f"{checkpoint.name}: its weights are of no family of model_type {checkpoint.model_type!r}"
             )
+        with reading(checkpoint.config_path):
+            config = family.config(checkpoint.config)
         return build_native(
-            family.config(checkpoint.config),
+            config,
             checkpoint.weights,
             dtype=dtype,
             attn_implementation=attn_implementation,

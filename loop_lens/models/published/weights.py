@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from loop_lens.models.checkpoint import WeightsError, require_fitting
+from loop_lens.models.checkpoint import require_fitting, require_shapes
 
 Split = Callable[[Tensor], tuple[Tensor, ...]]
 Join = Callable[..., Tensor]
@@ -103,15 +103,11 @@ def to_native(
         missing=wanted - set(published),
         unknown=set(published) - wanted - set(ignored),
     )
+    layout = getattr(published, "layout", published)  # a checkpoint knows shapes before it reads tensors
+    wants = {entry.published: entry.join(*(native[n].to("meta") for n in entry.native)) for entry in entries}
+    require_shapes(source, layout, wants)
     loaded: dict[str, Tensor] = {}
     for entry in tqdm(entries, desc="loading weights", delay=2, leave=False):
-        tensor = published[entry.published]
-        expected = entry.join(*(native[name].to("meta") for name in entry.native)).shape
-        if tensor.shape != expected:
-            raise WeightsError(
-                f"{source}: {entry.published} has shape {tuple(tensor.shape)}, but its config asks for "
-                f"{tuple(expected)}"
-            )
-        for name, part in zip(entry.native, entry.split(tensor), strict=True):
+        for name, part in zip(entry.native, entry.split(published[entry.published]), strict=True):
             loaded[name] = part.contiguous()
     return loaded
