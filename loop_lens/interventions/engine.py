@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from loop_lens.bridge.model import HookedLoopedTransformer
-from loop_lens.interventions.edits import active_edits, foreign_hooks
+from loop_lens.interventions.edits import active_edits
 from loop_lens.interventions.plan import Batch
 from loop_lens.unrolling.kv import CACHE_NAME
 from loop_lens.unrolling.sites import Site
@@ -75,17 +75,6 @@ class Abilities:
     cached: bool = True
     resumed: bool = True
     joins: bool = True
-
-    @classmethod
-    def of(cls, model: HookedLoopedTransformer) -> Abilities:
-        """Look at a model: hooks that are not edits know nothing of copies and offsets."""
-        if foreign_hooks(model) or model.body.order is not None:
-            return cls(batched=False, cached=False, resumed=False, joins=False)
-        resumed = [model.body.resume_at(firing.index) for firing in model.schedule]
-        return cls(
-            resumed=resumed[-1] is not None,
-            joins=all(start == index for index, start in enumerate(resumed)),
-        )
 
 
 class Engine:
@@ -153,6 +142,16 @@ class Engine:
         Returns:
             Logits [copies * prompt, pos, vocab] of the positions from the offset on, or of the one.
         """
+        inputs, options, hooks = self.prepared(batch, hooks)
+        if position is not None and self.picks_logits:
+            options["logits_to_keep"] = torch.tensor([position - batch.offset])
+        logits = self.model.run_with_hooks(inputs, fwd_hooks=hooks, **options)
+        if position is not None and not self.picks_logits:
+            logits = logits[:, position - batch.offset].unsqueeze(1)
+        return logits
+
+    def prepared(self, batch: Batch, hooks: Hooks) -> tuple[Tensor, dict[str, Any], Hooks]:
+        """What a batch's forward takes: its input, options and hooks."""
         model, copies, offset = self.model, len(batch.cells), batch.offset
         options: dict[str, Any] = {}
         if copies > 1:
@@ -161,10 +160,8 @@ class Engine:
             cache: Any = DynamicCache()
             cache.layers = [_Prefix(k[..., :offset, :], v[..., :offset, :]) for k, v in self.prefix]
             options |= {CACHE_NAME: cache, "use_cache": True}
-        if position is not None and self.picks_logits:
-            options["logits_to_keep"] = torch.tensor([position - offset])
         initial = model.initial_state
-        first_loop = model.schedule.sites["hook_initial_state"].fired_before
+        first_loop = model.schedule.boundaries[0].first
         if isinstance(initial, Tensor) and batch.start < first_loop:
             state = initial if len(initial) == 1 else _copies(initial, copies)
             stop = self.n_positions
@@ -177,10 +174,7 @@ class Engine:
             if batch.start >= first_loop and "hook_prelude_out" in self.kept:
                 options["prelude_out"] = self.kept["hook_prelude_out"][:, offset:]
             hooks = [*self._joins(batch), *hooks]
-        logits = model.run_with_hooks(inputs, fwd_hooks=hooks, **options)
-        if position is not None and not self.picks_logits:
-            logits = logits[:, position - offset].unsqueeze(1)
-        return logits
+        return inputs, options, hooks
 
     def _stream(self, firing: int, offset: int, copies: int) -> Tensor:
         """Copies of the base run's stream that enters a firing."""
@@ -200,7 +194,7 @@ class Engine:
         """First firing from which rows may join: before it, what is injected depends on the rows."""
         if not self.abilities.joins:
             return len(self.model.schedule)
-        return self.model.schedule.sites["hook_initial_state"].fired_before if self.model.body.injects else 0
+        return self.model.schedule.boundaries[0].first if self.model.body.injects else 0
 
     def assembled(self, logits: Tensor, offset: int) -> Tensor:
         """Logits [prompt pos vocab] of whole prompts, from those of the positions from offset on."""

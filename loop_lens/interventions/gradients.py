@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformer_lens.tools.analysis.attribution_patching import cache_activation_and_gradient
 
 from loop_lens.bridge.model import HookedLoopedTransformer
+from loop_lens.interventions.claims import abilities_of
 from loop_lens.interventions.engine import Abilities, Engine
 from loop_lens.interventions.grid import Grid, Pair
 from loop_lens.interventions.metrics import MetricLike, per_prompt
@@ -128,7 +129,7 @@ def _integrated(
     steps: int,
     progress: bool,
 ) -> tuple[Tensor, dict[Site, Tensor]]:
-    abilities = Abilities.of(model)
+    abilities = abilities_of(model, pair.base)
     engine = Engine(model, pair.base, Abilities(abilities.batched, False, abilities.resumed))
     starts = {site: engine.start_of([site]) for site in sites}
     with torch.no_grad():

@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.bridge.names import InjectionSite
-from loop_lens.interventions.engine import Abilities, Engine, Hooks
+from loop_lens.interventions.claims import abilities_of
+from loop_lens.interventions.engine import Engine, Hooks
 from loop_lens.interventions.gradients import Estimate, estimate, require_gradient
 from loop_lens.interventions.grid import Direction, Grid, Pair
 from loop_lens.interventions.metrics import Metric, MetricLike, bind, per_prompt
@@ -122,7 +123,7 @@ def _patch(
     # 1. The run that gives: its metric, and its values at every site of the grid.
     donor, given = _give(model, pair, measure, grid)
     # 2. The run that receives, kept by the engine where cells will start.
-    engine = Engine(model, pair.base, Abilities.of(model))
+    engine = Engine(model, pair.base, abilities_of(model, pair.base))
     cells = [_cell(engine, pair, *place) for place in grid.places]
     engine.run_base(cell.start for cell in cells)
     base, several = per_prompt(measure(engine.logits), engine.n_prompts)

@@ -94,9 +94,10 @@ class HrmBody(LoopBody):
             "rest of the forward needs each of them. Patch H.{h}.hook_state_in or H.{h}.L.{l}.hook_state_in."
         )
 
-    def resume_at(self, firing: int) -> int | None:
-        """Nowhere, see `require_resumable`."""
-        return None
+    @property
+    def keeps_prefix(self) -> bool:
+        """The model is causal, and numbers the keys and values of its firings."""
+        return True
 
     def injection(self, state: Tensor, injected: Tensor, prelude_out: Tensor) -> Tensor:
         """The other stack's state, which is added."""

@@ -136,6 +136,11 @@ class WindowBody(LoopBody):
             return firing
         return self.span.first if rule in ("residual_scaled", "input_anchor") else firing - place.layer
 
+    @property
+    def keeps_prefix(self) -> bool:
+        """The decoders that open are causal, and every firing has keys and values of its own."""
+        return True
+
     def enter_coda(self, state: Tensor) -> Tensor:
         """The state, except under the rule that scales the whole loop's change once at its end."""
         if self.span.rule == "residual_scaled":

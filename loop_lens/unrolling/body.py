@@ -57,11 +57,24 @@ class LoopBody(Unroller):
         Raises:
             ValueError: If the residual alone does not determine the rest.
         """
+        if self.resume_at(start) != start:
+            raise ValueError(
+                f"start_at_layer={start} asks to resume from one residual, and {type(self).__name__} does not say that "
+                "this model can: run it whole, or override resume_at()"
+            )
         return {}
 
     def resume_at(self, firing: int) -> int | None:
-        """The last firing up to ``firing`` from which a forward can be resumed, None for none."""
-        return firing
+        """The last firing up to ``firing`` from which a forward can be resumed; None, nowhere, unless a body says more.
+
+        Sweeps try what a body says by a small forward, see `loop_lens.interventions.claims`.
+        """
+        return None
+
+    @property
+    def keeps_prefix(self) -> bool:
+        """Whether keys and values of earlier positions serve for any later ones; no, unless a body says so."""
+        return False
 
     @property
     def injects(self) -> bool:

@@ -54,6 +54,15 @@ class NativeBody(LoopBody):
             )
         return {}
 
+    def resume_at(self, firing: int) -> int | None:
+        """Anywhere, with the prelude's output where it is injected again."""
+        return firing
+
+    @property
+    def keeps_prefix(self) -> bool:
+        """The model is causal, and every firing has keys and values of its own."""
+        return True
+
     @property
     def injects(self) -> bool:
         """Whether iterations are given the prelude's output again."""
