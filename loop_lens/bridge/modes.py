@@ -25,6 +25,8 @@ class SharedBlocks(LoopedBridge):
     def enable_compatibility_mode(self, *args: Any, **kwargs: Any) -> None:
         """transformer-lens' weight processing, once per physical block: iterations keep sharing.
 
+        Where the processed weights have no names in the checkpoint, saving and loading are refused from then on.
+
         Raises:
             ValueError: If folding is not sound for this model; says why. Hook names alone are had
                 with ``no_processing=True``.
@@ -39,8 +41,13 @@ class SharedBlocks(LoopedBridge):
                 f"weight processing is not sound for this model: {reason}. "
                 "enable_compatibility_mode(no_processing=True) gives the legacy names without it."
             )
-        with self.firings.physical_view():
-            super().enable_compatibility_mode(*args, **kwargs)
+        try:
+            with self.firings.physical_view():
+                super().enable_compatibility_mode(*args, **kwargs)
+        finally:
+            if self._weights_processed and self.weights.complete:
+                own, blocks = self.original_model.parameters(), self.firings.prototypes.parameters()
+                self.weights.follow_processing([*own, *blocks])
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
         """Whether to expose each head's contribution, as in transformer-lens."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
@@ -28,12 +29,31 @@ class Weights:
     def __init__(self, model: nn.Module, body: LoopBody) -> None:
         self.model, self.body = model, body
         self.names = list(model.state_dict())
+        self.complete = True
 
     def own(self, *, keep_vars: bool = False) -> dict[str, Tensor]:
-        """The weights under the model's own names."""
+        """The weights under the model's own names.
+
+        Raises:
+            ValueError: If other weights run since they were processed.
+        """
+        if not self.complete:
+            raise ValueError(
+                "after enable_compatibility_mode() this model runs on weights that its checkpoint has no names for "
+                "(split from fused projections, untied from the embedding, or new biases): save and load before it, "
+                "or open the model again"
+            )
         raw = self.model.state_dict(keep_vars=keep_vars)
         clean = {_own_name(name): tensor for name, tensor in raw.items()}
         return {name: clean[name] for name in self.names}
+
+    def follow_processing(self, running: Iterable[Tensor]) -> None:
+        """Note whether the weights that run still are those under the model's names, ties included."""
+        own = self.own(keep_vars=True)
+        known = {id(tensor) for tensor in own.values()}
+        ties = self._ties.items() if self._ties_embeddings else ()
+        tied = all(torch.equal(own[target], own[source]) for target, source in ties if target in own)
+        self.complete = tied and all(id(parameter) in known for parameter in running)
 
     def published(self, *, keep_vars: bool = False) -> dict[str, Tensor]:
         """The weights under the names of the checkpoint."""
@@ -68,11 +88,11 @@ class Weights:
 
     def save(self, folder: Path, tokenizer: Any) -> None:
         """Write a folder that ``loop_lens.boot`` opens again: config, safetensors, tokenizer."""
+        state = self.own()
         folder.mkdir(parents=True, exist_ok=True)
         config: Any = copy.deepcopy(self.model.config)
         config.architectures = [type(self.model).__name__]
         config.update(self.body.config_fields)
-        state = self.own()
         first: dict[int, str] = {}
         for name, tensor in state.items():
             first.setdefault(tensor.data_ptr(), name)
@@ -91,10 +111,13 @@ class Weights:
     def _ties_embeddings(self) -> bool:
         return bool(getattr(self.model.config, "tie_word_embeddings", False))
 
+    @property
+    def _ties(self) -> Mapping[str, str]:
+        return getattr(self.model, "_tied_weights_keys", None) or {}
+
     def _retie(self) -> None:
         modules = {_own_name(name): module for name, module in self.model.named_modules()}
-        tied: Mapping[str, str] = getattr(self.model, "_tied_weights_keys", {})
-        for target, source in tied.items():
+        for target, source in self._ties.items():
             (to, _, name), (origin, _, held) = target.rpartition("."), source.rpartition(".")
             modules[to]._parameters[name] = modules[origin]._parameters[held]
 
