@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens import ActivationCache
 
@@ -21,6 +21,9 @@ class LoopCache(ActivationCache):
     cache works, except that decompositions of the residual stream into a sum refuse models whose
     stream is not one sum.
 
+    Attributes:
+        mask: Which positions hold tokens rather than padding [batch pos]; None where all do.
+
     Example:
         >>> _, cache = model.run_with_cache(prompt)
         >>> cache["loop.3.blocks.1.hook_resid_post"] is cache["resid_post", 8]
@@ -28,6 +31,7 @@ class LoopCache(ActivationCache):
     """
 
     model: Looped
+    mask: Bool[Tensor, "batch pos"] | None = None
 
     def __getitem__(self, key: Any) -> Tensor:
         return super().__getitem__(self._stored(key))
@@ -108,7 +112,10 @@ class LoopCache(ActivationCache):
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> LoopCache:
         """As in transformer-lens, keeping the class."""
         sliced = super().apply_slice_to_batch_dim(batch_slice)
-        return LoopCache(sliced.cache_dict, self.model, has_batch_dim=sliced.has_batch_dim)
+        part = LoopCache(sliced.cache_dict, self.model, has_batch_dim=sliced.has_batch_dim)
+        if self.mask is not None:
+            part.mask = self.mask[batch_slice].reshape(-1, self.mask.shape[1])
+        return part
 
     def decompose_resid(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformer-lens, on an additive stream.

@@ -17,6 +17,7 @@ from loop_lens.bridge.modes import SharedBlocks
 from loop_lens.bridge.names import in_scope, resolve, visible
 from loop_lens.bridge.selection import Bounds, NamesFilter, Selector, as_asked
 from loop_lens.bridge.weights import Weights
+from loop_lens.prompts.inputs import token_mask
 from loop_lens.unrolling.additive import raise_non_additive
 from loop_lens.unrolling.body import LoopBody
 
@@ -197,7 +198,9 @@ class HookedLoopedTransformer(SharedBlocks):
             selection.warn_unfired(tensors)
         selection.spread(tensors)
         if return_cache_object:
-            return output, LoopCache(tensors, self, has_batch_dim=cache.has_batch_dim)
+            found = LoopCache(tensors, self, has_batch_dim=cache.has_batch_dim)
+            found.mask = token_mask(self, input, **kwargs)
+            return output, found
         return output, as_asked(tensors, names_filter, self.registry)
 
     def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -75,9 +75,9 @@ def ablate(
         model: The model.
         site: As in `loop_lens.patch_sweep`.
         how: ``"zero"``; ``"mean"``, the reference's mean over prompts and positions (for patterns
-            over prompts); or ``"resample"``, the value that a random prompt of the reference has at
-            the same position.
-        reference: Cache of a run on reference prompts, for mean and resample.
+            over prompts), padding left out; or ``"resample"``, the value that a random prompt of the
+            reference has at the same position.
+        reference: Cache of a run on reference prompts, for mean and resample; for resample of equal length.
         seed: For resample: which prompt each prompt gets.
         iterations: As in `edit`.
         layers: As in `edit`.
@@ -86,7 +86,8 @@ def ablate(
         segment: As in `edit`.
 
     Raises:
-        ValueError: If there is no reference for an ablation that needs one.
+        ValueError: If there is no reference for an ablation that needs one, or if a padded one is to be
+            resampled from.
 
     Example:
         >>> from loop_lens.interventions import ablate
@@ -99,12 +100,18 @@ def ablate(
         raise ValueError(f"how={how!r} is unknown: choose 'zero', 'mean' or 'resample'")
     if how != "zero" and reference is None:
         raise ValueError(f"an ablation by {how} needs reference=, the cache of a run on reference prompts")
+    mask = getattr(reference, "mask", None)
+    if how == "resample" and mask is not None and not mask.all():
+        raise ValueError(
+            "the reference's prompts differ in length, so a prompt drawn at random may have padding where another has "
+            "a token: resample from the cache of a run on prompts of equal length"
+        )
 
     def change(at: Site) -> Change:
         if reference is None or how == "zero":
             return _zero
         if how == "mean":
-            return _mean(cached(reference, at), at.layout == "pattern")
+            return _mean(cached(reference, at), mask, at.layout == "pattern")
         return _resample(cached(reference, at), seed)
 
     where = Where(iterations, layers, positions, heads, segment)
@@ -115,10 +122,16 @@ def _zero(value: Tensor, view: View) -> Tensor:
     return torch.zeros_like(value)
 
 
-def _mean(reference: Tensor, is_pattern: bool) -> Change:
+def _mean(reference: Tensor, mask: Tensor | None, is_pattern: bool) -> Change:
+    if mask is None:
+        mean = reference.mean(0 if is_pattern else (0, 1), keepdim=True)
+    elif is_pattern:
+        there = mask[:, None, :, None].to(reference.device)
+        mean = reference.masked_fill(~there, 0).sum(0, keepdim=True) / there.sum(0, keepdim=True).clamp_min(1)
+    else:
+        mean = reference[mask.to(reference.device)].mean(0).expand(1, 1, *reference.shape[2:])
     if is_pattern:
-        return given_value(reference.mean(0, keepdim=True))
-    mean = reference.mean((0, 1), keepdim=True)
+        return given_value(mean)
     return lambda value, view: mean.to(value.device, value.dtype).expand_as(value)
 
 

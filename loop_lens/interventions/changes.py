@@ -55,17 +55,18 @@ def _of_injection(model: HookedLoopedTransformer, state_name: str, change: Chang
 
 
 def cached(cache: Mapping[str, Tensor], site: Site) -> Tensor:
-    """A site's value in a cache.
+    """A site's value in a cache [batch pos ...].
 
     Raises:
         UnknownNameError: If the cache has none.
     """
     try:
-        return cache[site.flat]
+        value = cache[site.flat]
     except KeyError:
         raise UnknownNameError(
             f"the cache has no {site.flat!r}: run with names_filter including it"
         ) from None
+    return value if getattr(cache, "has_batch_dim", True) else value.unsqueeze(0)
 
 
 def given_value(value: Tensor) -> Change:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -54,6 +55,30 @@ class ReadsInput(TransformerBridge):
         if mask is not None:
             kwargs.setdefault("attention_mask", mask)
         return super().generate(given, *args, **kwargs)
+
+
+def token_mask(
+    model: TransformerBridge, given: Any, *, attention_mask: Tensor | None = None, **options: Any
+) -> Bool[Tensor, "batch pos"] | None:
+    """Which positions of a forward's input hold tokens rather than padding; None where all do.
+
+    Args:
+        model: The model.
+        given: What its forward was given.
+        attention_mask: As its forward was given it.
+        **options: As its forward was given them; ``prepend_bos`` and ``padding_side`` say how texts are padded.
+    """
+    if attention_mask is None and not isinstance(given, str | Tensor):
+        given, attention_mask = _read(model, given)
+    if attention_mask is not None:
+        return attention_mask.bool() if attention_mask.ndim == 2 else None
+    if isinstance(given, str | Tensor) or len(given) == 1:
+        return None
+    bos = options.get("prepend_bos")
+    lengths = [model.to_tokens(text, prepend_bos=bos, move_to_device=False).shape[-1] for text in given]
+    side = options.get("padding_side") or getattr(model.tokenizer, "padding_side", "right")
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return None if bool(mask.all()) else mask.flip(-1) if side == "left" else mask
 
 
 def _read(model: TransformerBridge, given: Any, *, left: bool = False) -> tuple[Any, Tensor | None]:

@@ -37,7 +37,8 @@ def token_ids(model: TransformerBridge, tokens: Tokens) -> Int[Tensor, " token"]
         tokens: A text or an id, or several. Numbers of numpy and torch are ids too.
 
     Raises:
-        ValueError: If a text is not a single token of the model, or an id not in its vocabulary.
+        ValueError: If a text is not a single token of the model, an id not in its vocabulary, or if ids are
+            nested, several to each of several prompts.
         TypeError: If a token is neither text nor a whole number.
 
     Example:
@@ -46,6 +47,11 @@ def token_ids(model: TransformerBridge, tokens: Tokens) -> Int[Tensor, " token"]
         (tensor([0, 2]), tensor([9]))
     """
     if isinstance(tokens, Tensor | np.ndarray):
+        if tokens.ndim > 1 and len(tokens) > 1:
+            raise ValueError(
+                f"tokens of shape {list(tokens.shape)} are nested, but they are the same for all prompts here, or one a "
+                "prompt: give one list, or each prompt's tokens in a call of its own"
+            )
         ids = [_token_id(model, token) for token in tokens.reshape(-1).tolist()]
         return torch.tensor(ids, dtype=torch.long, device=getattr(tokens, "device", None))
     several = [tokens] if isinstance(tokens, str) or not isinstance(tokens, Sequence) else tokens
