@@ -107,7 +107,7 @@ class LoopJacobianLens(Lens):
         """Read a file that `save` wrote.
 
         Raises:
-            ValueError: If it is another kind of file.
+            UnreadableError: If it is another kind of file, or damaged.
         """
-        matrices, about = read_file(path, cls.__name__)
-        return cls(matrices, **about)
+        with read_file(path, cls.__name__) as (matrices, about):
+            return cls(matrices, **about)

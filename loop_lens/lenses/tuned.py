@@ -117,14 +117,14 @@ class TunedLens(nn.Module, Lens):
         """Read a file that `save` wrote.
 
         Raises:
-            ValueError: If it is another kind of file.
+            UnreadableError: If it is another kind of file, or damaged.
         """
-        tensors, about = read_file(path, cls.__name__)
-        report = pd.DataFrame(about.pop("report"))
-        lens = cls(**about)
-        lens.load_state_dict(tensors)
-        lens.report = report
-        return lens.requires_grad_(False)
+        with read_file(path, cls.__name__) as (tensors, about):
+            report = pd.DataFrame(about.pop("report"))
+            lens = cls(**about)
+            lens.load_state_dict(tensors)
+            lens.report = report
+            return lens.requires_grad_(False)
 
 
 def translator_key(site: Site, *, shared: bool) -> str:

@@ -93,9 +93,10 @@ class Result:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: If the file holds another kind of result, or none.
+            UnreadableError: If the file holds another kind or version of result, or is damaged.
         """
-        return cls._rebuild("", *read_file(path, cls.__name__))
+        with read_file(path, cls.__name__) as (tensors, plain):
+            return cls._rebuild("", tensors, plain)
 
     def _collect(self, prefix: str, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
         for each in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
@@ -115,6 +116,9 @@ class Result:
     @classmethod
     def _rebuild(cls, prefix: str, tensors: dict[str, Tensor], plain: dict[str, Any]) -> Self:
         given: dict[str, Any] = {}
+        own = {prefix + each.name for each in fields(cls)}  # type: ignore[arg-type]
+        if unknown := {key for key in plain if key.rpartition("/")[0] == prefix[:-1]} - own:
+            raise ValueError(f"{min(unknown)!r} is no field of a {cls.__name__}")
         for each in fields(cls):  # type: ignore[arg-type]
             key = prefix + each.name
             about = plain[key]
