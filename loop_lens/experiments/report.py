@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from loop_lens.figures.escaping import in_markdown
 from loop_lens.measuring.results import Result
 
 _PACKAGES = ("loop-lens", "torch", "transformers", "transformer-lens")
@@ -29,7 +30,7 @@ def versions() -> str:
 
 def markdown_table(table: pd.DataFrame, digits: int = 3) -> str:
     """A table in markdown, numbers rounded to significant digits."""
-    lines = [_row(map(str, table.columns)), _row("---" for _ in table.columns)]
+    lines = [_row(map(in_markdown, table.columns)), _row("---" for _ in table.columns)]
     lines += [_row(_cell(value, digits) for value in row) for row in table.itertuples(index=False)]
     return "\n".join(lines)
 
@@ -41,7 +42,7 @@ def _row(cells: Iterable[str]) -> str:
 def _cell(value: Any, digits: int) -> str:
     if isinstance(value, float):
         return "" if value != value else f"{value:.{digits}g}"
-    return "" if value is None or value is pd.NA else str(value).replace("|", "\\|")
+    return "" if value is None or value is pd.NA else in_markdown(value)
 
 
 def command_line(name: str, **options: Any) -> str:
@@ -65,7 +66,7 @@ def write_page(out: Path, title: str, command: str, parts: Iterable[str]) -> Pat
         The page.
     """
     page = out.with_name(f"{out.name}.md")
-    head = (f"# {title}", f"```bash\n{command}\n```", f"{versions()}.")
+    head = (f"# {in_markdown(title)}", f"```bash\n{command}\n```", f"{versions()}.")
     texts = [part.strip("\n") for part in (*head, *parts)]
     page.write_text("\n\n".join(text for text in texts if text) + "\n", encoding="utf-8")
     return page
@@ -73,7 +74,8 @@ def write_page(out: Path, title: str, command: str, parts: Iterable[str]) -> Pat
 
 def picture(out: Path, name: str, alt: str = "", caption: str = "") -> str:
     """A figure of the folder, with a caption below it if there is one."""
-    return f"![{alt or name}]({out.name}/{name}.png)" + (f"\n\n*{caption}*" if caption else "")
+    shown = f"![{in_markdown(alt or name)}]({out.name}/{name}.png)"
+    return shown + (f"\n\n*{in_markdown(caption)}*" if caption else "")
 
 
 def notes_of(out: Path) -> str:

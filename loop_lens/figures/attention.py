@@ -9,6 +9,8 @@ import circuitsvis.attention as cv
 from jaxtyping import Float
 from torch import Tensor
 
+from loop_lens.figures.escaping import in_html, in_script
+
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <style>body{{font-family:system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem}}</style></head>
@@ -32,7 +34,7 @@ def attention_page(
         tokens: The tokens as strings, one per position.
         path: Where to write the page.
         title: The page's title.
-        text: A sentence below it.
+        text: A sentence below it; like all text of the page it is shown as it is, not as HTML.
         names: What to call each pattern; the iterations by default.
 
     Returns:
@@ -60,10 +62,14 @@ def attention_page(
     names = list(names) if names is not None else [f"t={t}" for t in range(len(patterns))]
     if len(names) != len(patterns):
         raise ValueError(f"{len(names)} names for {len(patterns)} patterns")
-    figure = cv.attention_heads(
-        attention=patterns.detach().float().cpu(), tokens=list(tokens), attention_head_names=names
+    attention = patterns.detach().float().cpu()
+    figure = in_script(
+        lambda words, heads: cv.attention_heads(attention, words, attention_head_names=heads).local_src,
+        tokens,
+        names,
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_PAGE.format(title=title, text=text, figure=figure.local_src), encoding="utf-8")
+    page = _PAGE.format(title=in_html(title), text=in_html(text), figure=figure)
+    path.write_text(page, encoding="utf-8")
     return path

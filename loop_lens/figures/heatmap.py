@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from loop_lens.figures.canvas import spaced
+from loop_lens.figures.escaping import in_figure
 
 
 def draw_heatmap(
@@ -59,8 +60,8 @@ def draw_heatmap(
     picture = axes.imshow(grid, aspect="auto", interpolation="nearest", **image)
     for set_ticks, labels, most in ((axes.set_yticks, rows, row_ticks), (axes.set_xticks, columns, 16)):
         ticks = spaced(len(labels), most)
-        set_ticks(ticks, [str(labels[i]) for i in ticks])
+        set_ticks(ticks, [in_figure(labels[i]) for i in ticks])
     if any(len(str(label)) > 3 for label in columns):
         axes.tick_params(axis="x", rotation=60)
-    axes.set(xlabel=column_name, ylabel=row_name)
+    axes.set(xlabel=in_figure(column_name), ylabel=in_figure(row_name))
     return picture

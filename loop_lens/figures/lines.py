@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loop_lens.figures.canvas import new_figure, spaced
+from loop_lens.figures.escaping import in_figure
 
 
 def draw_band(
@@ -55,19 +56,26 @@ def line_figure(
     bands, styles = bands or {}, styles or {}
     for label, values in lines.items():
         places = range(len(values)) if at is None else at
-        options: dict[str, Any] = {"marker": marker, "markersize": 3, "label": label, **styles.get(label, {})}
+        options: dict[str, Any] = {
+            "marker": marker,
+            "markersize": 3,
+            "label": in_figure(label),
+            **styles.get(label, {}),
+        }
         if label in bands:
             draw_band(axes, places, values, *bands[label], **options)
         else:
             axes.plot(places, values, **options)
     if level is not None:
-        axes.axhline(level[0], color="gray", linestyle=":", label=level[1])
+        axes.axhline(
+            level[0], color="gray", linestyle=":", label=None if level[1] is None else in_figure(level[1])
+        )
     if log:
         axes.set_yscale("log")
-    axes.set(xlabel=xlabel, ylabel=ylabel.replace("_", " "))
+    axes.set(xlabel=in_figure(xlabel), ylabel=in_figure(ylabel).replace("_", " "))
     if ticks is not None:
         named = spaced(len(ticks), 16)
-        axes.set_xticks(named, [str(ticks[i]) for i in named])
+        axes.set_xticks(named, [in_figure(ticks[i]) for i in named])
     if legend:
         axes.legend(fontsize=7, ncols=2)
     return figure
