@@ -1,21 +1,26 @@
-"""``python -m loop_lens.experiments``: one command for each module of `loop_lens.experiments.commands`."""
+"""``python -m loop_lens.experiments NAME``."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-
 import typer
 
-from loop_lens.experiments import commands
+from loop_lens.experiments import dynamics, stages
+from loop_lens.experiments.ablation import command as ablation
+from loop_lens.experiments.random_init import command as random_init
+
+COMMANDS = {
+    "ablation": ablation.main,
+    "dynamics": dynamics.main,
+    "random-init": random_init.main,
+    "stages": stages.main,
+}
 
 
 def build() -> typer.Typer:
-    """The command line, with every module of the folder ``commands``."""
+    """The command line, with a command for each experiment."""
     app = typer.Typer(no_args_is_help=True, add_completion=False, help="Experiments on looped models.")
-    for found in sorted(pkgutil.iter_modules(commands.__path__), key=lambda module: module.name):
-        module = importlib.import_module(f"{commands.__name__}.{found.name}")
-        app.command(found.name.replace("_", "-"))(module.main)
+    for name, main in COMMANDS.items():
+        app.command(name)(main)
     return app
 
 

@@ -6,21 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import pandas as pd
-
 HOLDS, FAILS, UNTOLD = "holds", "does not hold", "cannot be told at this size"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one claim.
-
-    Attributes:
-        claim: The claim.
-        where: The models that it was tested on.
-        verdict: ``"holds"``, ``"does not hold"`` or ``"cannot be told at this size"``.
-        numbers: What was measured.
-    """
+    """What became of one claim: of which models, `HOLDS`, `FAILS` or `UNTOLD`, and the numbers measured."""
 
     claim: str
     where: str
@@ -43,16 +34,6 @@ def decide(agree: Sequence[bool]) -> str:
     if all(agree):
         return HOLDS
     return FAILS if 2 * sum(agree) < len(agree) else UNTOLD
-
-
-def decide_strictly(agree: Sequence[bool]) -> str:
-    """A claim holds if all models agree, and does not otherwise."""
-    return HOLDS if all(agree) else FAILS
-
-
-def verdict_table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
-    """One row per verdict: claim, where, verdict, numbers."""
-    return pd.DataFrame([vars(verdict) for verdict in verdicts])
 
 
 def span(values: Iterable[float]) -> str:

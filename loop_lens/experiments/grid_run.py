@@ -16,12 +16,10 @@ from loop_lens.measuring.results import Result
 
 
 class Cell(Protocol):
-    """One model of a grid."""
+    """One model of a grid, with a name unlike all others'."""
 
     @property
-    def name(self) -> str:
-        """Its name, unlike all others'."""
-        ...
+    def name(self) -> str: ...
 
 
 C = TypeVar("C", bound=Cell)
@@ -30,7 +28,7 @@ R = TypeVar("R", bound=Result)
 
 @dataclass(frozen=True)
 class Kept(Generic[R]):
-    """The files of a grid's results.
+    """The files of a grid's results, one a cell.
 
     Attributes:
         folder: Where they lie.
@@ -64,24 +62,14 @@ class Kept(Generic[R]):
 def run_grid(
     cells: Iterable[C],
     measure: Callable[[C], R],
-    kept: Kept[R] | None = None,
+    kept: Kept[R] | None,
     *,
     resume: bool = True,
     progress: bool = True,
-    what: str = "cells",
 ) -> dict[C, R]:
-    """Measure cells in order, or read what an earlier run measured of them.
-
-    Args:
-        cells: The cells.
-        measure: Measures one.
-        kept: Where results are kept; nowhere by default.
-        resume: Whether to read those that are there.
-        progress: Whether to show a progress bar, for work beyond two seconds.
-        what: Its caption.
-    """
+    """Measure cells in order, or, to resume, read what an earlier run kept of them."""
     results: dict[C, R] = {}
-    for cell in tqdm(list(cells), desc=what, delay=2, disable=not progress, leave=False):
+    for cell in tqdm(list(cells), desc="models", delay=2, disable=not progress, leave=False):
         result = kept.load(cell) if kept is not None and resume else None
         if result is None:
             result = measure(cell)

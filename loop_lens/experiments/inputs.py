@@ -52,12 +52,7 @@ def errors_as_usage() -> Generator[None, None, None]:
 
 
 def open_looped(name: str, *, recurrences: int | None = None) -> HookedLoopedTransformer:
-    """Open a looped model.
-
-    Args:
-        name: ``loop-lens/NAME``, a hub id or a folder, as for `loop_lens.boot`; or ``smollm2:10-19x3``,
-            SmolLM2-135M with layers 10 to 19 run three times.
-        recurrences: Number of iterations; the model's own by default.
+    """Open what `loop_lens.boot` opens, or ``smollm2:10-19x3``: SmolLM2-135M, layers 10 to 19 run three times.
 
     Raises:
         ValueError: If the model does not loop, or loops fewer than two times.
@@ -101,14 +96,14 @@ def open_any(name: str) -> TransformerBridge:
 def prompts_from(
     model: TransformerBridge, source: str, *, count: int = 32, length: int = 64, column: str = "text"
 ) -> list[Tensor]:
-    """Prompts from a source, cut to a length.
+    """At most ``count`` prompts, cut to ``length`` tokens; those of at least that length come first.
 
     Args:
         model: For its tokenizer.
         source: ``stdlib``, the documentation of the running Python; a text file, whose paragraphs are prompts;
             a csv, jsonl or parquet file; a folder that ``datasets`` saved; or a data set's hub id, perhaps with
             its split, ``NAME:test``.
-        count: The largest number of prompts. Prompts of at least the length come first.
+        count: The largest number of prompts.
         length: Tokens of each, at most.
         column: Where the text is, in a table.
 
@@ -118,10 +113,9 @@ def prompts_from(
     """
     if count < 1 or length < 2:
         raise ValueError(f"{count} prompts of {length} tokens are too few: ask for one of two tokens or more")
-    rows = _rows(source, column)
     long: list[Tensor] = []
     short: list[Tensor] = []
-    for tokens in read_prompts(model, rows, any_length=True):
+    for tokens in read_prompts(model, _rows(source, column), any_length=True):
         (long if len(tokens) >= length else short).append(tokens[:length])
         if len(long) == count:
             break
@@ -135,26 +129,23 @@ def _rows(source: str, column: str) -> Any:
     if source == STDLIB:
         return standard_library_documents()
     path = Path(source)
-    if path.suffix in _TABLES and path.is_file():
-        table = _TABLES[path.suffix](path)
-        return _column(table, list(table.columns), column, source)
-    if path.is_file():
-        return [
-            " ".join(text.split()) for text in re.split(r"\n\s*\n", path.read_text("utf-8")) if text.strip()
-        ]
-    if path.suffix in {*_TABLES, ".txt", ".md"}:
+    if not path.exists() and path.suffix in {*_TABLES, ".txt", ".md"}:
         raise FileNotFoundError(f"there is no file {source}")
+    if path.is_file() and path.suffix not in _TABLES:
+        paragraphs = re.split(r"\n\s*\n", path.read_text("utf-8"))
+        return [" ".join(text.split()) for text in paragraphs if text.strip()]
+    table: Any = _TABLES[path.suffix](path) if path.is_file() else _dataset(source, path)
+    if column not in table:
+        raise ValueError(f"{source} has no column {column!r}: it has {', '.join(map(str, table))}")
+    return list(table[column])
+
+
+def _dataset(source: str, path: Path) -> dict[str, Any]:
     import datasets  # seconds to import
 
     if path.is_dir():
-        data = datasets.load_from_disk(source)
+        data: Any = datasets.load_from_disk(source)
     else:
         name, _, split = source.partition(":")
         data = datasets.load_dataset(name, split=split or "test")
-    return _column(data, list(data.column_names), column, source)
-
-
-def _column(table: Any, columns: list[str], column: str, source: str) -> Any:
-    if column in columns:
-        return list(table[column])
-    raise ValueError(f"{source} has no column {column!r}: it has {', '.join(map(str, columns))}")
+    return {column: data[column] for column in data.column_names}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 NORMS: dict[str, dict[str, Any]] = {
@@ -10,12 +10,10 @@ NORMS: dict[str, dict[str, Any]] = {
     "huginn": {"block_norm": "post_residual"},
     "ouro": {"block_norm": "sandwich", "loop_norm": True},
 }
-"""Fields of a `LoopedConfig` by name: pre-norm; on the stream, after each branch; around each branch, and after
-each iteration."""
+"""Fields of a `LoopedConfig`: pre-norm; on the stream, after each branch; around each, and after each iteration."""
 
 
-def require_one_of(what: str, value: str, allowed: Iterable[str]) -> None:
+def require_one_of(what: str, value: str, allowed: Collection[str]) -> None:
     """Raise unless a value is one of those that exist."""
-    names = tuple(allowed)
-    if value not in names:
-        raise ValueError(f"{what}={value!r} is unknown: choose one of {', '.join(names)}")
+    if value not in allowed:
+        raise ValueError(f"{what}={value!r} is unknown: choose one of {', '.join(allowed)}")

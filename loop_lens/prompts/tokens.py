@@ -49,8 +49,8 @@ def token_ids(model: TransformerBridge, tokens: Tokens) -> Int[Tensor, " token"]
     if isinstance(tokens, Tensor | np.ndarray):
         if tokens.ndim > 1 and len(tokens) > 1:
             raise ValueError(
-                f"tokens of shape {list(tokens.shape)} are nested, but they are the same for all prompts here, or one a "
-                "prompt: give one list, or each prompt's tokens in a call of its own"
+                f"tokens of shape {list(tokens.shape)} are nested, but they are the same for all prompts here, or one "
+                "a prompt: give one list, or each prompt's tokens in a call of its own"
             )
         ids = [_token_id(model, token) for token in tokens.reshape(-1).tolist()]
         return torch.tensor(ids, dtype=torch.long, device=getattr(tokens, "device", None))

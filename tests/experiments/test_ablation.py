@@ -13,8 +13,8 @@ from loop_lens.data import AdditionTask
 from loop_lens.dynamics import Convergence
 from loop_lens.experiments.ablation import cells
 from loop_lens.experiments.ablation.cells import Cell, Settings, finished, grid, run_grid
+from loop_lens.experiments.ablation.command import main, write_report
 from loop_lens.experiments.ablation.measures import CellResult, Measuring, StateResult, as_feed_forward
-from loop_lens.experiments.ablation.page import write_report
 from loop_lens.experiments.ablation.verdicts import (
     beyond_training,
     distance_to,
@@ -27,7 +27,6 @@ from loop_lens.experiments.ablation.verdicts import (
     summaries,
 )
 from loop_lens.experiments.claims import FAILS, HOLDS, UNTOLD, decide
-from loop_lens.experiments.commands.ablation import main
 from loop_lens.measuring.moments import Moments
 from loop_lens.models.native import LoopedTransformer
 from loop_lens.stages import Stages
@@ -218,7 +217,7 @@ def _app():
 
 
 def test_the_command_reports_what_is_done_and_what_is_not(found, folder, tmp_path, monkeypatch):
-    module = "loop_lens.experiments.commands.ablation"
+    module = "loop_lens.experiments.ablation.command"
     missing = Cell("text", "huginn", core=3)
     monkeypatch.setattr(f"{module}.Settings", lambda **options: replace(SMALL, **options))
     monkeypatch.setattr(f"{module}.grid", lambda *a, **k: [*CELLS, missing])

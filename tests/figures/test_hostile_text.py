@@ -81,11 +81,20 @@ def test_a_page_shows_text_and_runs_none(tmp_path: Path, write: Any, text: str) 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_results_page_holds_no_markup_of_a_users(tmp_path: Path, text: str) -> None:
-    table = pd.DataFrame({text: [text]})
-    parts = [report.markdown_table(table), report.picture(tmp_path, "name", alt=text, caption=text)]
-    page = report.write_page(tmp_path, text, "python -m x", parts).read_text("utf-8")
+    template = tmp_path / "template.md"
+    template.write_text(
+        "# {{ title }}\n\n{{ words }}\n\n![{{ text }}]({{ folder }}/name.png)\n\n*{{ text }}.*\n"
+    )
+    values: dict[str, Any] = {"words": pd.DataFrame({text: [text]}), "text": text}
+
+    def written(title: str) -> str:
+        options: dict[str, Any] = {"tables": {}, "figures": {}, "values": {**values, "title": title}}
+        return report.write_report(tmp_path / "page", template, "python -m x", **options)[0].read_text(
+            "utf-8"
+        )
+
+    page, plain = written(text), written("a title")
     assert not re.search(r"<[a-z/!]", page)
-    plain = report.write_page(tmp_path, "a title", "python -m x", parts).read_text("utf-8")
     assert page.splitlines()[0].startswith("# ") and page.splitlines()[1:] == plain.splitlines()[1:]
     cells = [line for line in page.splitlines() if line.startswith("|")]
     assert len(cells) == 3 and all(len(re.findall(r"(?<!\\)\|", line)) == 2 for line in cells)

@@ -25,26 +25,15 @@ TRAINED = 4
 
 @dataclass(frozen=True)
 class Cell:
-    """One model of the grid.
+    """One model of the grid."""
 
-    Attributes:
-        task: What it learns.
-        norm: ``"pre"``, ``"huginn"`` (on the stream, after each branch) or ``"ouro"`` (around each branch,
-            and after each iteration).
-        injection: ``"linear"`` or ``"none"``.
-        core: Blocks of the loop.
-        outer: Blocks of the prelude, and of the coda.
-        recurrences: Iterations in training; 1 is a feed-forward model.
-        seed: Of weights, data and initial states.
-    """
-
-    task: str
-    norm: str = "pre"
-    injection: str = "none"
-    core: int = 2
-    outer: int = 1
-    recurrences: int = TRAINED
-    seed: int = 0
+    task: str  # one of TASKS
+    norm: str = "pre"  # one of NORMS
+    injection: str = "none"  # or "linear"
+    core: int = 2  # blocks of the loop
+    outer: int = 1  # blocks of the prelude, and of the coda
+    recurrences: int = TRAINED  # iterations in training; 1 is a feed-forward model
+    seed: int = 0  # of weights, data and initial states
 
     def __post_init__(self) -> None:
         require_one_of("task", self.task, TASKS)
@@ -61,13 +50,6 @@ class Cell:
         return self.recurrences > 1
 
     @property
-    def shape(self) -> str:
-        """Prelude, core and coda as the paper writes them; the number of layers of a feed-forward model."""
-        if not self.looped:
-            return f"{2 * self.outer + self.core} layers"
-        return f"({self.outer}, {self.core}x{self.recurrences}, {self.outer})"
-
-    @property
     def name(self) -> str:
         """A name for folders and tables."""
         kind = f"{self.norm}-{self.injection}" if self.looped else "feedforward"
@@ -77,37 +59,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class Settings:
-    """How the models of a grid are made, trained and measured.
+    """How the models of a grid are made, trained and measured."""
 
-    Attributes:
-        width: d_model.
-        mlp: Width of the gated MLP.
-        init: Standard deviation of the initial weights.
-        level: Level of the synthetic task.
-        symbols: Numbers modulo which addition adds, or symbols that composition permutes.
-        vocabulary: Tokens of the text's tokenizer.
-        window: Tokens in a sequence of text.
-        steps: Training steps on the synthetic task.
-        text_steps: Training steps on text.
-        batch: Sequences a step on the synthetic task.
-        text_batch: Sequences a step on text.
-        lr: Peak learning rate; a cosine brings it down to a tenth.
-        warmup: Steps in which it rises.
-        measuring: What is measured.
-    """
-
-    width: int = 64
-    mlp: int = 128
-    init: float = 0.06
-    level: int = 4
-    symbols: int = 5
-    vocabulary: int = 1024
-    window: int = 64
-    steps: int = 300
+    width: int = 64  # d_model
+    mlp: int = 128  # width of the gated MLP
+    init: float = 0.06  # standard deviation of the initial weights
+    level: int = 4  # of the synthetic task
+    symbols: int = 5  # numbers modulo which addition adds, or symbols that composition permutes
+    vocabulary: int = 1024  # tokens of the text's tokenizer
+    window: int = 64  # tokens in a sequence of text
+    steps: int = 300  # in training on the synthetic task
     text_steps: int = 400
-    batch: int = 32
+    batch: int = 32  # sequences a step on the synthetic task
     text_batch: int = 8
-    lr: float = 3e-3
+    lr: float = 3e-3  # at its peak; a cosine brings it down to a tenth
     warmup: int = 50
     measuring: Measuring = field(default_factory=Measuring)
 
@@ -122,14 +87,15 @@ class Settings:
     def build(self, cell: Cell, vocabulary: int) -> LoopedTransformer:
         """A cell's model with its initial weights."""
         torch.manual_seed(cell.seed)
+        outer = cell.outer if cell.looped else 0
         config = LoopedConfig(
             vocab_size=vocabulary,
             hidden_size=self.width,
             intermediate_size=self.mlp,
             num_attention_heads=4,
-            prelude_layers=cell.outer if cell.looped else 0,
-            core_layers=cell.core if cell.looped else cell.core + 2 * cell.outer,
-            coda_layers=cell.outer if cell.looped else 0,
+            prelude_layers=outer,
+            core_layers=cell.core + 2 * (cell.outer - outer),
+            coda_layers=outer,
             recurrences=cell.recurrences,
             injection=cell.injection,
             initial_state="noise" if cell.injection == "linear" else "prelude",
@@ -155,46 +121,37 @@ class Settings:
         )
 
 
-def grid(
-    task: str = "addition", *, cores: Sequence[int] = (2, 4), depth: int = 6, seed: int = 0
-) -> list[Cell]:
+def grid(task: str = "addition", *, cores: Sequence[int] = (2, 4), seed: int = 0) -> list[Cell]:
     """The cells: injection x norm x block size on a synthetic task and on text, and what text needs besides.
 
-    On text there are the pre-norm models without prelude and coda, two feed-forward references that differ by
-    seed, and the largest pre-norm models with another seed.
-
-    Args:
-        task: The synthetic task.
-        cores: Block sizes.
-        depth: Layers of the feed-forward references.
-        seed: The first seed.
+    On text there are the pre-norm models without prelude and coda, two feed-forward references of six layers that
+    differ by seed, and the largest pre-norm models with another seed.
     """
     if task == "text":
         raise ValueError("text is always in the grid: choose a synthetic task, addition or composition")
-    if not cores or depth < 3:
-        raise ValueError(
-            f"cores={tuple(cores)}, depth={depth}: give at least one block size, and 3 layers or more"
-        )
+    if not cores:
+        raise ValueError("cores is empty: give at least one block size")
     most = max(cores)
-    main = {
-        name: [
+
+    def main(name: str, largest: bool) -> list[Cell]:
+        sizes = (core for core in sorted(cores) if (core == most) == largest)
+        return [
             Cell(name, norm, injection, core, seed=seed)
-            for core, norm, injection in product(sorted(cores), NORMS, ("linear", "none"))
+            for core, norm, injection in product(sizes, NORMS, ("linear", "none"))
         ]
-        for name in (task, "text")
-    }
+
     bare = [Cell("text", core=core, outer=0, seed=seed) for core in sorted(cores, reverse=True)]
-    again = [Cell("text", "pre", injection, most, seed=seed + 1) for injection in ("none", "linear")]
+    # What the verdicts need first comes first: a run may be reported before it is whole.
     return [
-        Cell("text", core=depth - 2, recurrences=1, seed=seed),
-        *(cell for cell in main[task] if cell.core != most),
-        *(cell for cell in main["text"] if cell.core == most),
+        Cell("text", core=4, recurrences=1, seed=seed),
+        *main(task, largest=False),
+        *main("text", largest=True),
         bare[0],
-        *(cell for cell in main[task] if cell.core == most),
-        *(cell for cell in main["text"] if cell.core != most),
+        *main(task, largest=True),
+        *main("text", largest=False),
         *bare[1:],
-        Cell("text", core=depth - 2, recurrences=1, seed=seed + 1),
-        *again,
+        Cell("text", core=4, recurrences=1, seed=seed + 1),
+        *(Cell("text", "pre", injection, most, seed=seed + 1) for injection in ("none", "linear")),
         Cell("text", core=most, outer=0, seed=seed + 1),
     ]
 
@@ -239,27 +196,31 @@ def finished(cells: Sequence[Cell], settings: Settings, folder: Path) -> dict[Ce
     return results
 
 
-_TEXT = ("vocabulary", "window", "text_steps", "text_batch")
-
-
 def _kept(folder: Path, settings: Settings) -> grid_run.Kept[CellResult]:
     return grid_run.Kept(folder, CellResult, settings.measuring)
+
+
+_ON_TEXT = ("vocabulary", "window", "text_steps", "text_batch")
+_SYNTHETIC = ("level", "symbols", "steps", "batch")
 
 
 def _require_same(folder: Path, cell: Cell, settings: Settings) -> None:
     """Raise unless a folder's model is made and trained as these settings say."""
     path = folder / "settings.json"
-    others = ("level", "symbols", "steps", "batch") if cell.task == "text" else _TEXT
     own = {**asdict(cell), **asdict(settings)}
-    own = {key: value for key, value in own.items() if key not in (*others, "measuring")}
+    for unused in ("measuring", *(_SYNTHETIC if cell.task == "text" else _ON_TEXT)):
+        del own[unused]
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(own, indent=1))
         return
     before: dict[str, Any] = json.loads(path.read_text())
-    if before != own:
-        keys = [key for key in {**before, **own} if before.get(key) != own.get(key)]
-        other = ", ".join(f"{key} was {before.get(key)}, now {own.get(key)}" for key in keys)
+    other = ", ".join(
+        f"{key} was {before.get(key)}, now {own.get(key)}"
+        for key in {**before, **own}
+        if before.get(key) != own.get(key)
+    )
+    if other:
         raise ValueError(
             f"{folder} holds this model under other settings ({other}): choose another work folder, or delete this one"
         )

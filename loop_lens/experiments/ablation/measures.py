@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loop_lens.bridge.model import HookedLoopedTransformer
-from loop_lens.data.task import IGNORED, Task, TaskBatch
+from loop_lens.data.task import Task, TaskBatch
 from loop_lens.dynamics import Convergence, convergence, extrapolate, spectral_radius
 from loop_lens.measuring.moments import DivergedError
 from loop_lens.measuring.results import Result
@@ -25,29 +25,16 @@ STATES = ("initial", "trained")
 
 @dataclass(frozen=True)
 class Measuring:
-    """How much is measured.
+    """How much is measured of a model."""
 
-    Attributes:
-        recurrences: The numbers of iterations whose loss and accuracy are measured.
-        tested: Test sequences for these, on a synthetic task.
-        text_tested: The same on text, whose sequences are long.
-        iterations: Iterations in which convergence is followed.
-        reference: Number of iterations whose last states distances are to.
-        prompts: Test sequences for convergence and stages.
-        krylov: Steps of the spectral radius.
-        krylov_prompts: Test sequences for it.
-        seed: Of the test sequences.
-    """
-
-    recurrences: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 16, 17, 32)
-    tested: int = 384
-    text_tested: int = 96
-    iterations: int = 64
-    reference: int = 128
-    prompts: int = 8
-    krylov: int = 40
+    recurrences: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 16, 17, 32)  # whose loss and accuracy
+    tested: int = 384  # sequences for these, on a synthetic task
+    text_tested: int = 96  # the same on text, whose sequences are long
+    iterations: int = 64  # in which convergence is followed
+    reference: int = 128  # iterations whose last states distances are to
+    prompts: int = 8  # sequences for convergence and stages
+    krylov: int = 40  # steps of the spectral radius
     krylov_prompts: int = 2
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.iterations < 4 or self.reference <= self.iterations:
@@ -55,13 +42,11 @@ class Measuring:
                 f"iterations={self.iterations}, reference={self.reference}: follow at least 4 iterations, and "
                 "take the reference beyond them"
             )
-        if min(self.tested, self.text_tested, self.prompts, self.krylov, self.krylov_prompts) < 1:
-            raise ValueError("measure at least one sequence, and with at least one Krylov step")
 
     def batch(self, task: Task, level: int) -> TaskBatch:
         """The test sequences."""
         n = self.text_tested if task.name == "text" else self.tested
-        return task.batch(n, level=level, generator=torch.Generator().manual_seed(self.seed), split="test")
+        return task.batch(n, level=level, generator=torch.Generator().manual_seed(0), split="test")
 
 
 @dataclass(frozen=True)
@@ -91,10 +76,11 @@ class StateResult(Result):
         relative distance at the best iteration, ``growth`` that of the norm over the second half of the
         iterations.
         """
-        names = ("relative_distance", "nearest", "cosine", "relative_step", "degeneracy", "growth")
-        numbers: dict[str, Any] = dict.fromkeys(names, math.nan)
         moves = self.convergence
-        if moves is not None:
+        if moves is None:
+            names = ("relative_distance", "nearest", "cosine", "relative_step", "degeneracy", "growth")
+            numbers: dict[str, float] = dict.fromkeys(names, math.nan)
+        else:
             n = len(moves.iterations)
             late = slice(n - max(2, n // 4), n)
             norm, far = moves.mean("norm"), moves.mean("relative_distance")[late].amax(1)
@@ -149,20 +135,18 @@ def measure_cell(
     *,
     progress: bool = True,
 ) -> CellResult:
-    """Measure a model on test sequences.
-
-    Args:
-        trained: The model after training; its own number of iterations is the trained one.
-        initial: The same before.
-        batch: The test sequences.
-        log: The training's log.
-        how: How much to measure.
-        progress: Whether to show progress bars.
-    """
+    """Measure a model after training, at its own number of iterations and others, and before it, on one batch."""
     before, after = (wrap(net.eval().requires_grad_(False)) for net in (initial, trained))
     first, second = (_measure_state(model, batch.input_ids, how, progress) for model in (before, after))
-    answers = _answers(after, batch, how, progress) if after.recurrences > 1 else _answers_once(after, batch)
-    return CellResult({str(name): _column(log[name].to_numpy()) for name in log}, answers, first, second)
+    numbers = how.recurrences if after.recurrences > 1 else (1, 2)  # of a feed-forward model the first counts
+    options: dict[str, Any] = {"labels": batch.labels, "batch_size": 32, "progress": progress}
+    found = extrapolate(after, batch.input_ids, recurrences=numbers, **options)
+    answers = {"recurrences": torch.tensor(found.recurrences, dtype=torch.float64)}
+    answers |= {metric: found.mean(metric) for metric in ("loss", "accuracy", "kl")}
+    if after.recurrences == 1:
+        answers = {name: values[:1] for name, values in answers.items()}
+    columns = {str(name): torch.tensor(log[name].tolist(), dtype=torch.float64) for name in log}
+    return CellResult(columns, answers, first, second)
 
 
 def _measure_state(
@@ -172,7 +156,7 @@ def _measure_state(
     found = stages(model, prompts, progress=progress)
     if model.recurrences == 1:
         return StateResult(as_feed_forward(found), None, math.nan)
-    moves = None
+    moves, radius = None, math.nan
     try:
         with model.at_recurrences(how.iterations):
             moves = convergence(model, prompts, reference=how.reference, patterns=False, progress=progress)
@@ -180,34 +164,8 @@ def _measure_state(
             radii = spectral_radius(model, few, iteration=how.iterations - 1, steps=how.krylov)
             radius = float(radii.max())
     except DivergedError:
-        radius = math.nan
+        pass
     return StateResult(found, moves, radius)
-
-
-def _answers(
-    model: HookedLoopedTransformer, batch: TaskBatch, how: Measuring, progress: bool
-) -> dict[str, Tensor]:
-    """Loss and accuracy by number of iterations."""
-    options: dict[str, Any] = {"labels": batch.labels, "batch_size": 32, "progress": progress}
-    found = extrapolate(model, batch.input_ids, recurrences=how.recurrences, **options)
-    columns = {metric: found.mean(metric) for metric in ("loss", "accuracy", "kl")}
-    return {"recurrences": _column(found.recurrences), **columns}
-
-
-@torch.no_grad()
-def _answers_once(model: HookedLoopedTransformer, batch: TaskBatch) -> dict[str, Tensor]:
-    """The same of a feed-forward model, by its one forward."""
-    asked = batch.labels != IGNORED
-    right = batch.labels[asked]
-    logits: Any = model(batch.input_ids)
-    loss = torch.nn.functional.cross_entropy(logits[asked].double(), right)
-    accuracy = (logits[asked].argmax(-1) == right).double().mean()
-    values = {"recurrences": 1.0, "loss": float(loss), "accuracy": float(accuracy), "kl": 0.0}
-    return {name: _column([value]) for name, value in values.items()}
-
-
-def _column(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def as_feed_forward(found: Stages) -> Stages:

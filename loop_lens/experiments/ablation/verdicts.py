@@ -25,16 +25,23 @@ whose steps are 0.47 of its norm has 0.89."""
 LEARNT = {"text": 0.05, "addition": 0.3, "composition": 0.3}
 """Accuracy from which a model has learnt anything: naming one token everywhere gives 0.03 on text and 0.2 on addition
 with 5 symbols, and two models of text did just that."""
+LOST = 0.02
+"""Accuracy that may be lost: two standard errors of an accuracy of 0.8 on the 1920 places of the synthetic test set."""
+APART, ALIKE = 0.1, 0.9
+"""Nats of attention entropy from which layers differ (seen: below 0.007 before training, 0.15 to 0.69 after it, 0.45 in
+a feed-forward reference), and correlation from which recurrences are alike (seen: up to 0.82 before training, 0.89 to
+0.995 after it)."""
 ON_TEXT = "text, pre-norm"
 MIXING = ("colsum_concentration", "mixing_score", "sink_rate")
+
+Results = Mapping[Cell, CellResult]
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
     """Where a loop ends up, from a `StateResult.summary`.
 
-    ``"fixed point"``, ``"direction only"`` (the norm grows on), ``"drift"`` (it grows on and the
-    direction changes), ``"orbit"`` (it comes back to the reference, and
-    leaves it again), ``"none"`` of these within what was followed, or ``"diverged"``.
+    ``"fixed point"``, ``"direction only"`` (the norm grows on), ``"drift"`` (it grows on and the direction changes),
+    ``"orbit"`` (it comes back to the reference, and leaves it again), ``"none"`` of these, or ``"diverged"``.
     """
     if math.isnan(row["cosine"]):
         return "diverged"
@@ -45,22 +52,19 @@ def kind_of(row: Mapping[str, Any]) -> str:
     return "orbit" if row["nearest"] <= BACK else "none"
 
 
-def summaries(results: Mapping[Cell, CellResult]) -> pd.DataFrame:
-    """One row per looped model and state: the cell, and `StateResult.summary`."""
-    names = ("task", "norm", "injection", "core", "outer", "seed")
-    rows: list[dict[str, Any]] = [
-        {
-            "cell": cell.name,
-            **{name: getattr(cell, name) for name in names},
-            "learnt": _has_learnt(cell, result),
-            "state": name,
-            **state.summary(),
-        }
-        for cell, result in results.items()
-        if cell.looped
-        for name, state in result.states.items()
-    ]
-    return pd.DataFrame([{**row, "kind": kind_of(row)} for row in rows])
+def summaries(results: Results) -> pd.DataFrame:
+    """One row per looped model and state: the cell, `StateResult.summary`, and `kind_of` it."""
+    rows: list[dict[str, Any]] = []
+    for cell, result in results.items():
+        about = _about(cell, "task", "norm", "injection", "core", "outer", "seed")
+        for state, measured in result.states.items() if cell.looped else ():
+            row = {**about, "learnt": _has_learnt(cell, result), "state": state, **measured.summary()}
+            rows.append(row | {"kind": kind_of(row)})
+    return pd.DataFrame(rows)
+
+
+def _about(cell: Cell, *fields: str) -> dict[str, Any]:
+    return {"cell": cell.name, **{name: getattr(cell, name) for name in fields}}
 
 
 def _has_learnt(cell: Cell, result: CellResult) -> bool:
@@ -80,16 +84,17 @@ def stability(table: pd.DataFrame, state: str) -> list[Verdict]:
     chosen: Any = table[(table["state"] == state) & (table["outer"] > 0)]
     if state == "trained":
         chosen = chosen[chosen["learnt"]]
+    models = dict(list(chosen.groupby(["injection", "norm"])))
+    none = chosen.iloc[:0]
 
     def claim(text: str, injection: str, norm: str, kinds: Sequence[str], right: bool = True) -> Verdict:
-        rows = chosen[(chosen["injection"] == injection) & (chosen["norm"] == norm)]
+        rows = models.get((injection, norm), none)
         ends = list(rows["kind"])
-        agree = [(kind in kinds) == right for kind in ends]
         counted = ", ".join(f"{kind} {ends.count(kind)}" for kind in dict.fromkeys(ends))
         numbers = f"{counted}; cosine {span(rows['cosine'])}, degeneracy {span(rows['degeneracy'])}"
-        return Verdict(text, f"{state} models", decide(agree), numbers)
+        return Verdict(text, f"{state} models", decide([(kind in kinds) == right for kind in ends]), numbers)
 
-    degenerate = chosen[(chosen["injection"] == "none") & (chosen["norm"] == "pre")]["degeneracy"]
+    degenerate = models.get(("none", "pre"), none)["degeneracy"]
     return [
         claim("injection gives a stable fixed point with pre-norm", "linear", "pre", [FIXED]),
         claim("injection gives a stable fixed point with Huginn's norm", "linear", "huginn", [FIXED]),
@@ -130,7 +135,15 @@ def _by_recurrence(found: Stages) -> list[list[int]]:
     return list(rows.values())
 
 
-def self_organisation(results: Mapping[Cell, CellResult]) -> tuple[pd.DataFrame, list[Verdict]]:
+def _pre_norm_on_text(results: Results) -> dict[Cell, CellResult]:
+    return {
+        cell: result
+        for cell, result in results.items()
+        if cell.looped and cell.task == "text" and cell.norm == "pre"
+    }
+
+
+def self_organisation(results: Results) -> tuple[pd.DataFrame, list[Verdict]]:
     """Whether training sets the layers of the loop apart, the same way in every recurrence.
 
     Returns:
@@ -138,12 +151,12 @@ def self_organisation(results: Mapping[Cell, CellResult]) -> tuple[pd.DataFrame,
         concentration, before and after training, and how alike successive recurrences are; and the verdicts.
     """
     rows: list[dict[str, Any]] = []
-    for cell, result in _pre_norm_on_text(results):
-        row = {name: getattr(cell, name) for name in ("core", "outer", "injection", "seed")}
+    for cell, result in _pre_norm_on_text(results).items():
+        row = _about(cell, "core", "outer", "injection", "seed")
         for metric, (name, state) in product(("mixing_score", "colsum_concentration"), result.states.items()):
             row[f"{metric}_{name}"] = layer_spread(state.stages, metric)
-        repeated = {f"repetition_{name}": repetition(state.stages) for name, state in result.states.items()}
-        rows.append({"cell": cell.name, **row, **repeated})
+        row |= {f"repetition_{name}": repetition(state.stages) for name, state in result.states.items()}
+        rows.append(row)
     table = pd.DataFrame(rows)
     if table.empty:
         return table, []
@@ -154,26 +167,15 @@ def self_organisation(results: Mapping[Cell, CellResult]) -> tuple[pd.DataFrame,
         f"correlate {span(table['repetition_trained'])} ({span(table['repetition_initial'])} before)"
     )
     most = max(cell.core for cell in results if cell.looped)
+    room = f"blocks of at most {most} layers leave no room for several; the paper's have 4, 8 and 12"
+    organised = "mixing stages organise themselves: layers differ, and repeat it"
     return table, [
-        Verdict(
-            "mixing stages organise themselves: layers differ, and repeat it", ON_TEXT, decide(apart), numbers
-        ),
-        Verdict(
-            "there are several such stages in a recurrence",
-            ON_TEXT,
-            UNTOLD,
-            f"blocks of at most {most} layers leave no room for several; the paper's have 4, 8 and 12",
-        ),
+        Verdict(organised, ON_TEXT, decide(apart), numbers),
+        Verdict("there are several such stages in a recurrence", ON_TEXT, UNTOLD, room),
     ]
 
 
-APART, ALIKE = 0.1, 0.9
-"""Nats of attention entropy from which layers differ (seen: below 0.007 before training, 0.15 to 0.69 after it, 0.45 in
-a feed-forward reference), and correlation from which recurrences are alike (seen: up to 0.82 before training, 0.89 to
-0.995 after it)."""
-
-
-def matches(results: Mapping[Cell, CellResult], length: int) -> tuple[pd.DataFrame, list[Verdict]]:
+def matches(results: Results, length: int) -> tuple[pd.DataFrame, list[Verdict]]:
     """How near the pre-norm models' recurrences are to the feed-forward references in mixing.
 
     Args:
@@ -181,12 +183,10 @@ def matches(results: Mapping[Cell, CellResult], length: int) -> tuple[pd.DataFra
         length: Tokens of a prompt.
 
     Returns:
-        One row per looped model and reference: ``distance``, the root mean square difference of the curves over
-        % of depth, mean over recurrences and over concentration, sink rate and mixing score (over log T), all
-        from 0 to 1; and the verdict.
+        One row per looped model and reference: `distance_to` the reference; and the verdict.
     """
     references = {cell.seed: result for cell, result in results.items() if not cell.looped}
-    rows = [
+    table = pd.DataFrame(
         {
             "cell": cell.name,
             "core": cell.core,
@@ -195,21 +195,19 @@ def matches(results: Mapping[Cell, CellResult], length: int) -> tuple[pd.DataFra
             "reference": seed,
             **distance_to(result.trained.stages, reference.trained.stages, length),
         }
-        for cell, result in _pre_norm_on_text(results)
+        for cell, result in _pre_norm_on_text(results).items()
         for seed, reference in references.items()
-    ]
-    table = pd.DataFrame(rows)
+    )
     if table.empty:
         return table, []
     best: list[bool] = []
     parts: list[str] = []
     groups: Any = table.groupby(["core", "seed", "reference"])
     for (core, seed, reference), group in groups:
-        if len(group) < 3:
-            continue
-        order = group.sort_values("distance")
-        best.append(order.iloc[0]["variant"] == PLAIN)
-        parts.append(f"core {core}, seed {seed}, reference {reference}: {order.iloc[0]['variant']}")
+        if len(group) == 3:
+            nearest = group.loc[group["distance"].idxmin(), "variant"]
+            best.append(nearest == _PLAIN)
+            parts.append(f"core {core}, seed {seed}, reference {reference}: {nearest}")
     numbers = f"nearest in {sum(best)} of {len(best)} comparisons ({'; '.join(parts)})"
     claim = "the best match to feed-forward is with prelude and coda and without injection"
     # Which one is nearest must not depend on the seed or the reference, either way.
@@ -217,42 +215,28 @@ def matches(results: Mapping[Cell, CellResult], length: int) -> tuple[pd.DataFra
     return table, [Verdict(claim, ON_TEXT, verdict, numbers)]
 
 
-PLAIN = "prelude and coda"
-
-
-def _pre_norm_on_text(results: Mapping[Cell, CellResult]) -> list[tuple[Cell, CellResult]]:
-    """The looped models of text with pre-norm."""
-    return [
-        (cell, result)
-        for cell, result in results.items()
-        if cell.looped and cell.task == "text" and cell.norm == "pre"
-    ]
+_PLAIN = "prelude and coda"
 
 
 def _variant(cell: Cell) -> str:
     if not cell.outer:
         return "no prelude and coda"
-    return PLAIN if cell.injection == "none" else "prelude and coda, injection"
+    return _PLAIN if cell.injection == "none" else "prelude and coda, injection"
 
 
 def distance_to(looped: Stages, reference: Stages, length: float) -> dict[str, float]:
-    """Root mean square differences of a looped model's recurrences to a feed-forward model, and their mean.
+    """How far a looped model's recurrences are from a feed-forward model in mixing, on prompts of so many tokens.
 
-    Args:
-        looped: Stages of a looped model.
-        reference: Stages of a feed-forward model.
-        length: Tokens of a prompt, whose logarithm is the largest mixing score.
+    Root mean square differences of their curves over % of depth, mean over recurrences, each from 0 to 1: the
+    mixing score is taken over the logarithm of the length, its largest value. ``distance`` is the mean of the three.
     """
     found = stage_agreement(looped, reference, metrics=MIXING)
-    unit = {"mixing_score": math.log(length)}
-    parts = {
-        metric: float(values.mean()) / unit.get(metric, 1.0)
-        for metric, values in zip(found.metrics, found.rmse, strict=True)
-    }
+    parts = dict(zip(MIXING, found.rmse.mean(1).tolist(), strict=True))
+    parts["mixing_score"] /= math.log(length)
     return {**parts, "distance": sum(parts.values()) / len(parts)}
 
 
-def beyond_training(results: Mapping[Cell, CellResult]) -> tuple[pd.DataFrame, list[Verdict]]:
+def beyond_training(results: Results) -> tuple[pd.DataFrame, list[Verdict]]:
     """Whether what was learnt lasts beyond the trained number of iterations.
 
     Returns:
@@ -261,15 +245,13 @@ def beyond_training(results: Mapping[Cell, CellResult]) -> tuple[pd.DataFrame, l
     """
     rows: list[dict[str, Any]] = []
     for cell, result in results.items():
-        if not cell.looped:
-            continue
-        answers: Any = result.to_dataframe().set_index("recurrences")
-        row: dict[str, Any] = {"cell": cell.name, "injection": cell.injection, "norm": cell.norm}
-        row["learnt"] = _has_learnt(cell, result)
-        r = cell.recurrences
-        for name, n in {"one": 1, "trained": r, "twice": 2 * r, "most": answers.index.max()}.items():
-            row |= {f"loss_{name}": answers["loss"][n], f"accuracy_{name}": answers["accuracy"][n]}
-        rows.append(row | {"best": int(answers["loss"].idxmin())})
+        if cell.looped:
+            answers: Any = result.to_dataframe().set_index("recurrences")
+            row = _about(cell, "injection", "norm") | {"learnt": _has_learnt(cell, result)}
+            r = cell.recurrences
+            for name, n in {"one": 1, "trained": r, "twice": 2 * r, "most": answers.index.max()}.items():
+                row |= {f"loss_{name}": answers["loss"][n], f"accuracy_{name}": answers["accuracy"][n]}
+            rows.append(row | {"best": int(answers["loss"].idxmin())})
     table = pd.DataFrame(rows)
     verdicts: list[Verdict] = []
     for (name, text), injection in product((("twice", "twice"), ("most", "eight times")), ("linear", "none")):
@@ -278,11 +260,6 @@ def beyond_training(results: Mapping[Cell, CellResult]) -> tuple[pd.DataFrame, l
         kept = [bool(value <= LOST) for value in lost]
         where = f"trained models {'with' if injection == 'linear' else 'without'} injection"
         numbers = f"{sum(kept)} of {len(kept)}; accuracy lost {span(lost)}"
-        verdicts.append(
-            Verdict(f"accuracy lasts at {text} the trained iterations", where, decide(kept), numbers)
-        )
+        claim = f"accuracy lasts at {text} the trained iterations"
+        verdicts.append(Verdict(claim, where, decide(kept), numbers))
     return table, verdicts
-
-
-LOST = 0.02
-"""Accuracy that may be lost: two standard errors of an accuracy of 0.8 on the 1920 places of the synthetic test set."""

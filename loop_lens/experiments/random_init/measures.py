@@ -32,21 +32,13 @@ Kind = tuple[int, bool, str]
 
 @dataclass(frozen=True)
 class Settings:
-    """How models are measured.
-
-    Attributes:
-        recurrences: Iterations that are measured, T.
-        reference: Number of iterations whose last states are a reference beyond T.
-        prompts: Prompts of uniformly random tokens.
-        length: Tokens of each.
-        krylov: Steps of the spectral radius; 0 leaves it out.
-    """
+    """How models are measured."""
 
     recurrences: int = 128
-    reference: int = 160
-    prompts: int = 2
+    reference: int = 160  # iterations whose last states are a reference beyond
+    prompts: int = 2  # of uniformly random tokens
     length: int = 32
-    krylov: int = 24
+    krylov: int = 24  # steps of the spectral radius; 0 leaves it out
 
     def __post_init__(self) -> None:
         if self.recurrences < LEAST + 1:
@@ -99,14 +91,10 @@ class RandomResult(Result):
         """The model."""
         return RandomModel(**self.model)
 
-    def late(self, curve: str) -> Tensor:
-        """A curve's mean over the last quarter of the iterations [layer]."""
-        return _late(self.curves[curve])
-
     @property
     def settled(self) -> float:
         """Cosine to the reference beyond, in the last quarter of the iterations, at the layer where it is least."""
-        return float(self.late("cosine").min())
+        return float(_late(self.curves["cosine"]).min())
 
     @property
     def one_point(self) -> float:
@@ -121,49 +109,34 @@ class RandomResult(Result):
         """
         return _angle(self.one_point) / max(_angle(self.settled), _ANGLE_FLOOR)
 
-    @property
-    def fixed(self) -> float:
-        """Share of tokens that Algorithm 1 calls fixed points, over all layers, from 0 to 1."""
-        return float(self.kinds[:, 0].sum() / self.kinds.sum())
-
-    @property
-    def relative_distance(self) -> float:
-        """Distance to the reference over the norm, in the last quarter, at the layer where it is largest."""
-        return float(self.late("relative_distance").max())
-
     def summary(self) -> dict[str, Any]:
         """One row: the model, then numbers of the last quarter and shares of limiting behaviours in percent."""
-        kinds = 100 * self.kinds.sum(0) / self.kinds.sum()
+        percent = (100 * self.kinds.sum(0) / self.kinds.sum()).tolist()
         return {
             **self.model,
             "settled_cosine": self.settled,
             "one_point_cosine": self.one_point,
             "apart": self.apart,
-            "relative_distance": self.relative_distance,
-            "matrix_relative_distance": float(self.late("matrix_distance").max()),
+            "relative_distance": float(_late(self.curves["relative_distance"]).max()),
+            "matrix_relative_distance": float(_late(self.curves["matrix_distance"]).max()),
             "last_relative_step": float(self.curves["relative_step"][-1].max()),
             "last_step_cosine": float(self.curves["step_cosine"][-1].min()),
             "last_norm": float(self.curves["norm"][-1].mean()),
             "radius": self.radius,
-            **{
-                f"percent_{kind.replace(' ', '_')}": float(x)
-                for kind, x in zip(LIMIT_KINDS, kinds, strict=True)
-            },
+            **{f"percent_{kind.replace(' ', '_')}": x for kind, x in zip(LIMIT_KINDS, percent, strict=True)},
         }
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per iteration and layer with every curve, and M9 (the same at all layers)."""
         iterations, layers = self.curves["norm"].shape
-        grid = {
+        columns = {
             "iteration": torch.arange(iterations)[:, None].expand(-1, layers),
             "layer": torch.arange(layers).expand(iterations, -1),
             **self.curves,
             **{f"degeneracy_{name}": x[:, None].expand(-1, layers) for name, x in self.degeneracy.items()},
         }
-        table = pd.DataFrame({name: values.flatten().tolist() for name, values in grid.items()})
-        for name, value in reversed(self.model.items()):
-            table.insert(0, name, value)
-        return table
+        flat = {name: values.flatten().tolist() for name, values in columns.items()}
+        return pd.DataFrame({**self.model, **flat})
 
 
 def _angle(cosine: float) -> float:
@@ -171,6 +144,7 @@ def _angle(cosine: float) -> float:
 
 
 def _late(curve: Tensor) -> Tensor:
+    """Mean over the last quarter of the iterations."""
     return curve[-max(1, len(curve) // 4) :].mean(0)
 
 
@@ -204,19 +178,10 @@ def measure_one(spec: RandomModel, model: HookedLoopedTransformer, settings: Set
     return RandomResult(asdict(spec), curves, degeneracy, limits.counts[0, 0, 0, : spec.layers], radius)
 
 
-def grid(
-    *,
-    layers: Sequence[int] = (4, 12, 16),
-    seeds: int = 3,
-    width: int = 128,
-    init: str = "huginn",
-    double: bool = False,
-) -> list[RandomModel]:
-    """The models of the grid, those of one shape next to each other."""
-    return [
-        RandomModel(norm, injection, n, seed, width, init, double)
-        for n, injection, norm, seed in product(layers, (True, False), NORMS, range(seeds))
-    ]
+def grid(*, layers: Sequence[int] = (4, 12, 16), seeds: int = 3, **fields: Any) -> list[RandomModel]:
+    """The models of the grid, those of one shape next to each other; fields of `RandomModel` are the same for all."""
+    kinds = product(layers, (True, False), NORMS, range(seeds))
+    return [RandomModel(norm, injection, n, seed, **fields) for n, injection, norm, seed in kinds]
 
 
 def measure_grid(
@@ -227,17 +192,14 @@ def measure_grid(
     resume: bool = True,
     progress: bool = True,
 ) -> list[RandomResult]:
-    """Measure models, or read what an earlier run measured of them.
+    """Measure models in order; those of one shape are quicker next to each other.
 
     Args:
-        models: The models; those of one shape are quicker next to each other.
+        models: The models.
         settings: How to measure.
         cache: Folder for one file per model.
         resume: Whether to read the files that are there.
         progress: Whether to show a progress bar, for work beyond two seconds.
-
-    Returns:
-        What was measured, in the models' order.
     """
     opened: dict[tuple[Any, ...], HookedLoopedTransformer] = {}
 
@@ -250,13 +212,7 @@ def measure_grid(
         return measure_one(spec, opened[spec.shape], settings)
 
     kept = None if cache is None else Kept(cache, RandomResult, settings)
-    found = run_grid(models, measure, kept, resume=resume, progress=progress, what="random models")
-    return list(found.values())
-
-
-def pooled(results: Iterable[RandomResult]) -> dict[Kind, RandomResult]:
-    """The models that differ by seed alone as one, by (layers, injection, norm): curves and radii averaged."""
-    return {kind: _mean(seeds) for kind, seeds in by_kind(results).items()}
+    return list(run_grid(models, measure, kept, resume=resume, progress=progress).values())
 
 
 def by_kind(results: Iterable[RandomResult]) -> dict[Kind, list[RandomResult]]:
@@ -267,11 +223,19 @@ def by_kind(results: Iterable[RandomResult]) -> dict[Kind, list[RandomResult]]:
     return groups
 
 
-def _mean(seeds: list[RandomResult]) -> RandomResult:
-    def mean(field: str) -> dict[str, Tensor]:
-        first: dict[str, Tensor] = getattr(seeds[0], field)
-        return {name: torch.stack([getattr(each, field)[name] for each in seeds]).mean(0) for name in first}
+def pooled(results: Iterable[RandomResult]) -> dict[Kind, RandomResult]:
+    """The models that differ by seed alone as one: curves and radii averaged, tokens counted together."""
 
-    kinds = torch.stack([each.kinds for each in seeds]).sum(0)
-    radius = sum(each.radius for each in seeds) / len(seeds)
-    return RandomResult(seeds[0].model, mean("curves"), mean("degeneracy"), kinds, radius)
+    def mean(seeds: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.stack([each[name] for each in seeds]).mean(0) for name in seeds[0]}
+
+    return {
+        kind: RandomResult(
+            seeds[0].model,
+            mean([each.curves for each in seeds]),
+            mean([each.degeneracy for each in seeds]),
+            torch.stack([each.kinds for each in seeds]).sum(0),
+            sum(each.radius for each in seeds) / len(seeds),
+        )
+        for kind, seeds in by_kind(results).items()
+    }

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import loop_lens
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.experiments.norms import NORMS, require_one_of
 from loop_lens.models.native import LoopedConfig, LoopedTransformer
+from loop_lens.opening.entry import wrap
 
 _WIDE = 2048  # d_model of Ouro-1.4B and of Llama-3.2-1B
 _HUGINN_DEPTH = 132  # Huginn's effective_expected_depth: 2 + 32 * 4 + 2
@@ -23,25 +23,17 @@ _HUGINN_DEPTH = 132  # Huginn's effective_expected_depth: 2 + 32 * 4 + 2
 class RandomModel:
     """One model of the grid: ``layers`` blocks that are looped, without prelude and coda.
 
-    Attributes:
-        norm: ``"pre"``, ``"huginn"`` (on the stream, after each branch) or ``"ouro"`` (around each branch,
-            and after each iteration).
-        injection: Whether each iteration starts from a linear map of [state; embedding], and the loop from
-            Gaussian noise; otherwise the loop starts from the embedding.
-        layers: Blocks of the loop.
-        seed: Of the weights and of the noise.
-        width: d_model; the MLP is four times as wide, heads are 32 wide.
-        init: One of `INITS`.
-        double: Whether it computes in float64.
+    With injection each iteration starts from a linear map of [state; embedding], and the loop from Gaussian noise;
+    otherwise the loop starts from the embedding.
     """
 
-    norm: str
+    norm: str  # one of NORMS
     injection: bool
     layers: int
-    seed: int = 0
-    width: int = 128
-    init: str = "huginn"
-    double: bool = False
+    seed: int = 0  # of the weights and of the noise
+    width: int = 128  # d_model; the MLP is four times as wide, heads are 32 wide
+    init: str = "huginn"  # one of INITS
+    double: bool = False  # whether it computes in float64
 
     def __post_init__(self) -> None:
         require_one_of("norm", self.norm, NORMS)
@@ -52,21 +44,18 @@ class RandomModel:
     @property
     def name(self) -> str:
         """A name for files."""
-        with_injection = "injection" if self.injection else "none"
-        precision = "-f64" if self.double else ""
-        return (
-            f"{self.norm}-{with_injection}-{self.layers}x-w{self.width}-{self.init}{precision}-s{self.seed}"
-        )
+        kind = f"{self.norm}-{'injection' if self.injection else 'none'}-{self.layers}x"
+        return f"{kind}-w{self.width}-{self.init}{'-f64' if self.double else ''}-s{self.seed}"
 
     @property
     def shape(self) -> tuple[Any, ...]:
         """What models must have in common for one to be given the other's weights in place."""
         return self.norm, self.injection, self.layers, self.width, self.double
 
-    def config(self, recurrences: int, vocabulary: int = 512) -> LoopedConfig:
+    def config(self, recurrences: int) -> LoopedConfig:
         """Its configuration."""
         return LoopedConfig(
-            vocab_size=vocabulary,
+            vocab_size=512,
             hidden_size=self.width,
             intermediate_size=4 * self.width,
             num_attention_heads=max(1, self.width // 32),
@@ -84,7 +73,7 @@ class RandomModel:
     def open(self, recurrences: int) -> HookedLoopedTransformer:
         """The model with its weights, which need no gradients."""
         bare = LoopedTransformer(self.config(recurrences)).eval().requires_grad_(False)
-        model = loop_lens.wrap(bare.double() if self.double else bare)
+        model = wrap(bare.double() if self.double else bare)
         self.initialise(model)
         return model
 
@@ -95,14 +84,15 @@ class RandomModel:
         """
         native: Any = model.original_model
         generator = torch.Generator().manual_seed(self.seed)
-        scales = INITS[self.init][1]
+        std = INITS[self.init][1]
         with torch.no_grad():
             for name, module in native.named_modules():
                 if isinstance(module, nn.Linear | nn.Embedding):
-                    kind = "embedding" if isinstance(module, nn.Embedding) else _kind(name)
                     weight = module.weight
-                    drawn = torch.randn(weight.shape, generator=generator) * scales(kind, weight, self.layers)
-                    weight.copy_(drawn)
+                    kind = "embedding" if isinstance(module, nn.Embedding) else "input"
+                    kind = "output" if name.endswith(("o_proj", "down_proj")) else kind
+                    scale = std(kind, min(weight.shape), weight.shape[1], self.layers)
+                    weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
             if self.injection and self.init == "identity":
                 eye = 0.7 * torch.eye(self.width)
                 native.model.injection.adapter.weight.copy_(torch.cat([eye, eye], dim=1))
@@ -110,47 +100,28 @@ class RandomModel:
             model.initial_state = self.seed
 
 
-Scale = Callable[[str, Tensor, int], float]
-"""Standard deviation of a weight, by its kind, the weight [out in], and the number of layers."""
-
-
-def _kind(name: str) -> str:
-    if name.endswith(("o_proj", "down_proj")):
-        return "output"
-    return "injection" if "injection" in name else "input"
-
-
-def _wide(kind: str, weight: Tensor, layers: int) -> float:
-    return 0.02 if kind == "embedding" else 0.02 * math.sqrt(_WIDE / _d_model(weight))
-
-
-def _scaled(kind: str, weight: Tensor, layers: int) -> float:
-    return _wide(kind, weight, layers) / (math.sqrt(2 * layers) if kind == "output" else 1)
-
-
-def _huginn(kind: str, weight: Tensor, layers: int) -> float:
+def _huginn(kind: str, d_model: int, inputs: int, layers: int) -> float:
     if kind == "embedding":
         return math.sqrt(2 / 5)  # sqrt(2 / 5 d) times the embedding's factor sqrt(d)
-    std = math.sqrt(2 / (5 * _d_model(weight)))
+    std = math.sqrt(2 / (5 * d_model))
     return std / math.sqrt(2 * _HUGINN_DEPTH) if kind == "output" else std
 
 
-def _over_inputs(factor: int) -> Scale:
-    def scale(kind: str, weight: Tensor, layers: int) -> float:
-        return 1.0 if kind == "embedding" else 1 / math.sqrt(factor * weight.shape[1])
-
-    return scale
+def _wide(kind: str, d_model: int, inputs: int, layers: int) -> float:
+    return 0.02 if kind == "embedding" else 0.02 * math.sqrt(_WIDE / d_model)
 
 
-def _small(kind: str, weight: Tensor, layers: int) -> float:
-    return 0.02
+def _scaled(kind: str, d_model: int, inputs: int, layers: int) -> float:
+    return _wide(kind, d_model, inputs, layers) / (math.sqrt(2 * layers) if kind == "output" else 1)
 
 
-def _d_model(weight: Tensor) -> int:
-    return min(weight.shape)
+def _over_inputs(factor: int) -> Callable[[str, int, int, int], float]:
+    return lambda kind, d_model, inputs, layers: (
+        1.0 if kind == "embedding" else 1 / math.sqrt(factor * inputs)
+    )
 
 
-INITS: dict[str, tuple[str, Scale]] = {
+INITS: dict[str, tuple[str, Callable[[str, int, int, int], float]]] = {
     "huginn": (
         "Huginn's: std sqrt(2/5d), output projections divided by sqrt(2 * 132), embedding and noise of std "
         "sqrt(2/5)",
@@ -164,6 +135,7 @@ INITS: dict[str, tuple[str, Scale]] = {
     "identity": ("as scaled, but the injection is 0.7 [I, I]", _scaled),
     "fan-in": ("std 1/sqrt(inputs), embedding 1", _over_inputs(1)),
     "torch": ("PyTorch's variance: std 1/sqrt(3 inputs), embedding 1", _over_inputs(3)),
-    "small": ("transformers' normal(0, 0.02) at this very width", _small),
+    "small": ("transformers' normal(0, 0.02) at this very width", lambda *_: 0.02),
 }
-"""Initialisations by name: what they are, and their standard deviations. All are normal distributions."""
+"""Initialisations by name: what they are, and the standard deviation of a weight by its kind ("embedding", "output" or
+"input"), d_model, its number of inputs and the number of layers. All are normal distributions."""

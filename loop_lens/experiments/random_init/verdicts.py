@@ -2,136 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import pandas as pd
 
-from loop_lens.experiments.claims import Verdict, decide_strictly
+from loop_lens.experiments.claims import FAILS, HOLDS, Verdict
 from loop_lens.experiments.random_init.measures import RandomResult, by_kind
 
-TAU = 0.05
-"""Algorithm 1's tolerance of a cosine, which the verdicts take over.
-
-With Huginn's initialisation, width 128, 4 to 16 layers and three seeds, cosines to the state at 160 iterations
-were 0.964 to 1 in models that settle and -0.24 to 0.64 in those that do not.
-"""
-
-APART = 2.0
-"""From how many times the angle that layers still move they count as apart.
-
-Measured as above: 1.01 for pre-norm without injection, 130 to 305 for pre-norm with it.
-"""
-
-Side = Literal["above", "below"]
+_MEASURED = {
+    "settled": "least cosine of a layer to its state beyond, seed by seed",
+    "one_point": "least cosine of layer 0 to any layer's state beyond, seed by seed",
+    "apart": "angle of layer 0 to the farthest layer over the angle that layers still move, seed by seed",
+}
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What is said about one kind of model.
-
-    Attributes:
-        name: A short name.
-        text: In words.
-        injection: Of the models.
-        norm: Of the models.
-        measure: One number of a model.
-        measured: What the number is.
-        side: On which side of the threshold it must lie, for every seed.
-        threshold: What it is compared with.
-    """
+    """What is said about one kind of model: on which side of a threshold a number must lie, for every seed."""
 
     name: str
-    text: str
     injection: bool
     norm: str
-    measure: Callable[[RandomResult], float]
-    measured: str
-    side: Side
+    measure: str  # a property of RandomResult
+    side: Literal["above", "below"]
     threshold: float
+    text: str
+
+    @property
+    def sign(self) -> str:
+        """How a number compares with the threshold that meets the claim."""
+        return ">=" if self.side == "above" else "<"
 
     def met(self, value: float) -> bool:
         """Whether a number lies on the claim's side; NaN does not."""
         return value >= self.threshold if self.side == "above" else value < self.threshold
 
 
+_TABLE: Any = pd.read_csv(Path(__file__).with_name("claims.csv"))
+CLAIMS: tuple[Claim, ...] = tuple(Claim(**row) for row in _TABLE.to_dict("records"))
+"""The paper's verdicts on random initialisation: on stability, on degeneracy, and what the last one implies.
+
+Their thresholds, measured with Huginn's initialisation, width 128, 4 to 16 layers and three seeds: 0.95 is 1 - tau of
+Algorithm 1; cosines to the state at 160 iterations were 0.964 to 1 in models that settle, -0.24 to 0.64 in those that
+do not. Layers count as apart from twice the angle that they still move: it was 1.01 times for pre-norm without
+injection, 130 to 305 times with it.
+"""
+
+
 @dataclass(frozen=True)
 class SeedsVerdict(Verdict):
-    """Whether a claim holds for the models of one depth: for every seed, or it does not.
-
-    Attributes:
-        of: The claim.
-        layers: Blocks in the loop.
-        values: The number of each seed.
-    """
+    """Whether a claim holds for the models of one depth: for every seed, or it does not."""
 
     of: Claim
     layers: int
-    values: tuple[float, ...]
+    values: tuple[float, ...]  # of each seed
 
     @property
     def worst(self) -> float:
         """The seed farthest from what is claimed."""
         return min(self.values) if self.of.side == "above" else max(self.values)
-
-
-_SETTLED = "least cosine of a layer to its state beyond, seed by seed"
-_ONE_POINT = "least cosine of layer 0 to any layer's state beyond, seed by seed"
-_APART = "angle of layer 0 to the farthest layer over the angle that layers still move, seed by seed"
-
-
-def _settled(name: str, text: str, injection: bool, norm: str, side: Side) -> Claim:
-    return Claim(name, text, injection, norm, attrgetter("settled"), _SETTLED, side, 1 - TAU)
-
-
-def _apart(name: str, text: str, injection: bool, norm: str, side: Side) -> Claim:
-    return Claim(name, text, injection, norm, attrgetter("apart"), _APART, side, APART)
-
-
-CLAIMS: tuple[Claim, ...] = (
-    _settled("injection, pre", "injection gives pre-norm a stable fixed point", True, "pre", "above"),
-    _settled(
-        "injection, Huginn", "injection gives Huginn's norm a stable fixed point", True, "huginn", "above"
-    ),
-    _settled("injection, Ouro", "injection gives Ouro's norms no stable fixed point", True, "ouro", "below"),
-    _settled("none, pre", "without injection, pre-norm is stable", False, "pre", "above"),
-    _settled("none, Huginn", "without injection, Huginn's norm is not stable", False, "huginn", "below"),
-    _settled("none, Ouro", "without injection, Ouro's norms are not stable", False, "ouro", "below"),
-    Claim(
-        "none, pre: M9",
-        "without injection, all layers of pre-norm end at one point (M9)",
-        False,
-        "pre",
-        attrgetter("one_point"),
-        _ONE_POINT,
-        "above",
-        1 - TAU,
-    ),
-    _apart(
-        "none, pre: one point",
-        "without injection, the layers of pre-norm are no farther apart than they still move",
-        False,
-        "pre",
-        "below",
-    ),
-    _apart(
-        "injection, pre: apart",
-        "with injection, the layers of pre-norm have fixed points of their own",
-        True,
-        "pre",
-        "above",
-    ),
-    _apart(
-        "injection, Huginn: apart",
-        "with injection, the layers of Huginn's norm have fixed points of their own",
-        True,
-        "huginn",
-        "above",
-    ),
-)
-"""The paper's verdicts on random initialisation: on stability, on degeneracy, and what the last one implies."""
 
 
 def judge(claim: Claim, layers: int, values: Sequence[float]) -> SeedsVerdict:
@@ -142,20 +74,19 @@ def judge(claim: Claim, layers: int, values: Sequence[float]) -> SeedsVerdict:
     """
     if not values:
         raise ValueError(f"no model of {layers} layers was measured to judge {claim.text!r} by")
-    sign = ">=" if claim.side == "above" else "<"
     seeds = ", ".join(f"{value:.3g}" for value in values)
-    numbers = f"{claim.measured} {seeds}, wanted {sign} {claim.threshold:g}"
-    verdict = decide_strictly([claim.met(value) for value in values])
+    numbers = f"{_MEASURED[claim.measure]} {seeds}, wanted {claim.sign} {claim.threshold:g}"
+    verdict = HOLDS if all(map(claim.met, values)) else FAILS
     return SeedsVerdict(claim.text, f"{layers} layers", verdict, numbers, claim, layers, tuple(values))
 
 
-def verdicts(results: Iterable[RandomResult], claims: Sequence[Claim] = CLAIMS) -> list[SeedsVerdict]:
+def verdicts(results: Iterable[RandomResult]) -> list[SeedsVerdict]:
     """Every claim at every depth that was measured, by claim."""
     models = by_kind(results)
     depths = sorted({layers for layers, _, _ in models})
     return [
-        judge(claim, layers, [claim.measure(each) for each in models[key]])
-        for claim in claims
+        judge(claim, layers, [getattr(each, claim.measure) for each in models[key]])
+        for claim in CLAIMS
         for layers in depths
         if (key := (layers, claim.injection, claim.norm)) in models
     ]
@@ -168,14 +99,26 @@ def seeds_table(found: Iterable[SeedsVerdict]) -> pd.DataFrame:
             "claim": verdict.claim,
             "layers": verdict.layers,
             "verdict": verdict.verdict,
-            "measured": verdict.of.measured,
+            "measured": _MEASURED[verdict.of.measure],
             "seeds": " ".join(f"{value:.4f}" for value in verdict.values),
             "worst": verdict.worst,
-            "wanted": ">=" if verdict.of.side == "above" else "<",
+            "wanted": verdict.of.sign,
             "threshold": verdict.of.threshold,
         }
         for verdict in found
     )
+
+
+def by_depth(found: Iterable[SeedsVerdict]) -> pd.DataFrame:
+    """One row per claim, a column per depth."""
+    rows: dict[str, dict[str, str]] = {}
+    for verdict in found:
+        of = verdict.of
+        wanted = f"{of.sign.replace('>=', '≥')} {of.threshold:g}"
+        row = rows.setdefault(of.name, {"the paper's verdict": of.text, "wanted": wanted})
+        word = verdict.verdict if verdict.holds else f"**{verdict.verdict}**"
+        row[verdict.where] = f"{word} ({verdict.worst:.3g})"
+    return pd.DataFrame(list(rows.values()))
 
 
 def tally(variants: Mapping[str, Sequence[RandomResult]]) -> pd.DataFrame:

@@ -1,1 +1,0 @@
-"""The commands: each module here has a typer function ``main``."""

@@ -1,1 +1,0 @@
-"""The dynamics of any looped model on any prompts."""

@@ -1,1 +1,0 @@
-"""The stages of inference of any looped model, beside a feed-forward one."""
