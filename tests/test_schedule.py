@@ -128,14 +128,22 @@ def test_what_does_not_exist_is_an_error_that_says_what_does(make: Any, error: A
 
 
 def test_it_needs_no_torch() -> None:
-    own = {"loop_lens.unrolling.sites", "loop_lens.unrolling.tree"}
-    for name in ("schedule", "sites", "tree"):
+    own = {f"loop_lens.unrolling.{name}" for name in ("numbers", "sites", "tree")}
+    for name in ("numbers", "schedule", "sites", "tree"):
         source = ast.parse((Path(loop_lens.__file__).parent / "unrolling" / f"{name}.py").read_text())
         imported = {
             alias.name for node in source.body if isinstance(node, ast.Import) for alias in node.names
         }
         imported |= {node.module or "" for node in source.body if isinstance(node, ast.ImportFrom)}
-        assert imported - own <= {"__future__", "re", "collections.abc", "dataclasses", "functools", "typing"}
+        assert imported - own <= {
+            "__future__",
+            "re",
+            "collections.abc",
+            "dataclasses",
+            "functools",
+            "operator",
+            "typing",
+        }
 
 
 def test_five_hundred_firings_are_listed_at_once() -> None:

@@ -11,6 +11,7 @@ from transformer_lens.hook_points import HookPoint
 
 from loop_lens.unrolling.schedule import Schedule
 from loop_lens.unrolling.sites import Firing
+from loop_lens.unrolling.unroller import Unroller
 
 HookTable = Mapping[Any, Any]
 
@@ -25,6 +26,7 @@ class OpenBlock:
         inside: Those of everything else within.
         baseline: Dictionaries that are never empty, with their size when nobody hooked anything.
         points: The hook points looked up so far, by their names within the block.
+        index: The index of the firing whose flat names it has.
     """
 
     bridge: Any
@@ -32,6 +34,7 @@ class OpenBlock:
     inside: list[HookTable] = field(init=False)
     baseline: list[tuple[HookTable, int]] = field(init=False)
     points: dict[str, HookPoint] = field(init=False, default_factory=dict[str, HookPoint])
+    index: int | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.ends = [t for point in (self.bridge.hook_in, self.bridge.hook_out) for t in _hook_tables(point)]
@@ -64,31 +67,32 @@ class FiringBlocks(nn.ModuleList):
     number of iterations changes; those of iterations that no longer run wait for their return.
 
     Args:
-        schedule: The firings.
+        body: What knows the firings.
         make: Makes the bridge of a firing.
+        name: Gives a bridge and its hook points the flat names of a firing.
     """
 
-    def __init__(self, schedule: Schedule, make: Callable[[Firing], nn.Module]) -> None:
+    def __init__(
+        self, body: Unroller, make: Callable[[Firing], nn.Module], name: Callable[[Firing, Any], None]
+    ) -> None:
         super().__init__()
-        self.schedule, self.make = schedule, make
+        self.body, self.make, self.name = body, make, name
         self.opened: dict[str, OpenBlock] = {}
 
-    def open(self, firing: Firing) -> OpenBlock:
-        """The bridge of a firing."""
-        block = self.opened.get(firing.prefix)
-        if block is None:
-            block = self.opened[firing.prefix] = OpenBlock(self.make(firing))
-        return block
+    @property
+    def schedule(self) -> Schedule:
+        """The firings of a forward that begins here."""
+        return self.body.schedule
 
-    def reschedule(self, schedule: Schedule) -> list[tuple[Firing, nn.Module]]:
-        """Follow a new schedule. Returns the open bridges whose index changed."""
-        before, after = self.schedule.by_prefix, schedule.by_prefix
-        self.schedule = schedule
-        return [
-            (after[prefix], block.bridge)
-            for prefix, block in self.opened.items()
-            if prefix in after and (prefix not in before or after[prefix].index != before[prefix].index)
-        ]
+    def open(self, firing: Firing) -> OpenBlock:
+        """The bridge of a firing, under the firing's flat names."""
+        block = self.opened.get(firing.prefix)
+        if block is None:  # of two threads that make one, both get the first
+            block = self.opened.setdefault(firing.prefix, OpenBlock(self.make(firing)))
+        if block.index != firing.index:
+            self.name(firing, block.bridge)
+            block.index = firing.index
+        return block
 
     def __len__(self) -> int:
         return len(self.schedule)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from transformer_lens import ActivationCache
 
 from loop_lens.bridge.names import Looped, select_sites
 from loop_lens.unrolling.additive import raise_non_additive
+from loop_lens.unrolling.runs import Plan
+from loop_lens.unrolling.schedule import Schedule
 
 
 class LoopCache(ActivationCache):
@@ -19,9 +23,11 @@ class LoopCache(ActivationCache):
 
     Both spellings of a name find the same tensor. Everything that transformer-lens does with a
     cache works, except that decompositions of the residual stream into a sum refuse models whose
-    stream is not one sum.
+    stream is not one sum. Names mean what they meant in the run that was recorded, whatever number of
+    iterations the model is set to now.
 
     Attributes:
+        schedule: The firings of that run.
         mask: Which positions hold tokens rather than padding [batch pos]; None where all do.
 
     Example:
@@ -33,11 +39,29 @@ class LoopCache(ActivationCache):
     model: Looped
     mask: Bool[Tensor, "batch pos"] | None = None
 
+    def __init__(
+        self,
+        cache_dict: dict[str, Tensor],
+        model: Any,
+        schedule: Schedule | None = None,
+        has_batch_dim: bool = True,
+    ) -> None:
+        super().__init__(cache_dict, model, has_batch_dim)
+        self.schedule: Schedule = model.schedule if schedule is None else schedule
+
+    def as_recorded(self) -> AbstractContextManager[Any]:
+        """The model with the names and the number of layers of the run that was recorded."""
+        return self.model.body.within(Plan(self.schedule), call=True)
+
     def __getitem__(self, key: Any) -> Tensor:
-        return super().__getitem__(self._stored(key))
+        if isinstance(key, str) and key in self.cache_dict:
+            return self.cache_dict[key]
+        with self.as_recorded():
+            return super().__getitem__(self._stored(key))
 
     def __contains__(self, key: object) -> bool:
-        return self._stored(key) in self.cache_dict
+        with self.as_recorded():
+            return self._stored(key) in self.cache_dict
 
     def _stored(self, key: Any) -> Any:
         """The name under which the cache holds what a key asks for, the key itself if it holds none."""
@@ -71,7 +95,8 @@ class LoopCache(ActivationCache):
             >>> cache.over_iterations("state_out").shape
             torch.Size([8, 1, 11, 64])
         """
-        sites = select_sites(self.model, name, layer=layer, segment=self._loop(segment))
+        with self.as_recorded():
+            sites = select_sites(self.model, name, layer=layer, segment=self._loop(segment))
         return torch.stack(self._require(site.name for site in sites))
 
     def grid(self, name: str, *, segment: str | None = None) -> Float[Tensor, "iteration layer ..."]:
@@ -93,11 +118,11 @@ class LoopCache(ActivationCache):
             torch.Size([8, 2, 1, 11, 64])
         """
         loop = self._loop(segment)
-        layers = range(self.model.schedule.segments[loop])
+        layers = range(self.schedule.segments[loop])
         return torch.stack([self.over_iterations(name, layer=i, segment=loop) for i in layers], dim=1)
 
     def _loop(self, segment: str | None) -> str:
-        return self.model.schedule.innermost_loop if segment is None else segment
+        return self.schedule.innermost_loop if segment is None else segment
 
     def _require(self, names: Iterable[str]) -> list[Tensor]:
         names = list(names)
@@ -112,7 +137,7 @@ class LoopCache(ActivationCache):
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> LoopCache:
         """As in transformer-lens, keeping the class."""
         sliced = super().apply_slice_to_batch_dim(batch_slice)
-        part = LoopCache(sliced.cache_dict, self.model, has_batch_dim=sliced.has_batch_dim)
+        part = LoopCache(sliced.cache_dict, self.model, self.schedule, has_batch_dim=sliced.has_batch_dim)
         if self.mask is not None:
             part.mask = self.mask[batch_slice].reshape(-1, self.mask.shape[1])
         return part
@@ -168,3 +193,29 @@ class LoopCache(ActivationCache):
         reason = self.model.body.non_additive_because
         if reason is not None:
             raise_non_additive(what, reason)
+
+
+def _as_recorded(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def within(self: LoopCache, *args: Any, **kwargs: Any) -> Any:
+        with self.as_recorded():
+            return method(self, *args, **kwargs)
+
+    return within
+
+
+# transformer-lens' own functions ask the model for its layers, its blocks and their number.
+for _name in (
+    "accumulated_resid",
+    "apply_ln_to_stack",
+    "compute_head_results",
+    "decompose_resid",
+    "get_full_resid_decomposition",
+    "get_neuron_results",
+    "logit_attrs",
+    "logit_lens",
+    "stack_activation",
+    "stack_head_results",
+    "stack_neuron_results",
+):
+    setattr(LoopCache, _name, _as_recorded(getattr(LoopCache, _name)))

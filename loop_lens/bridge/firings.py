@@ -67,7 +67,7 @@ class Firings:
     def __init__(self, bridge: TransformerBridge, body: LoopBody) -> None:
         self.bridge, self.body = bridge, body
         self.prototypes = nn.ModuleList(tied_clone(block) for block in body.blocks)
-        self.blocks = FiringBlocks(body.schedule, self._make)
+        self.blocks = FiringBlocks(body, self._make, self._name)
         self.physical, self.always = True, False
         self.split: list[SplitProjection] = []
         self._names: list[BlockNames] = []
@@ -104,11 +104,10 @@ class Firings:
         listed, self._physical_registry = bridge.hook_dict, bridge._hook_registry
         self._names = [BlockNames.listed(listed, block) for block in range(len(self.prototypes))]
         fixed = {name: point for name, point in listed.items() if not name.startswith("blocks.")}
-        self.blocks = FiringBlocks(self.body.schedule, self._make)
+        self.blocks = FiringBlocks(self.body, self._make, self._name)
         self.blocks.training = bridge.training
         registry = HookRegistry(self.blocks, self._names, fixed)
         bridge.blocks, bridge._hook_registry = self.blocks, registry  # type: ignore[assignment]
-        bridge.cfg.n_layers = len(self.blocks)
         own = {id(parameter) for parameter in bridge.original_model.parameters()}
         shared = all(id(parameter) in own for parameter in self.prototypes.parameters())
         processed = bridge._weights_processed
@@ -124,7 +123,6 @@ class Firings:
         """Make the bridge an ordinary one over the physical blocks, for what processes weights."""
         bridge = self.bridge
         bridge.blocks, bridge._hook_registry = self.prototypes, self._physical_registry
-        bridge.cfg.n_layers = len(self.prototypes)
         self.physical = True
         try:
             with self.prototypes_in(bridge.original_model):
@@ -140,12 +138,6 @@ class Firings:
             yield
         finally:
             self.bridge.blocks = self.blocks
-
-    def reschedule(self) -> None:
-        """Follow the body's schedule after its numbers of iterations changed."""
-        for firing, block in self.blocks.reschedule(self.body.schedule):
-            self._name(firing, block)
-        self.bridge.cfg.n_layers = len(self.blocks)
 
     def train(self, mode: bool) -> None:
         """Set training mode on all blocks made so far."""
@@ -163,6 +155,7 @@ class Firings:
         inside = self.always or block.hooked_inside
         if not (inside or block.hooked_ends):
             return bare(*args, **kwargs)
+        self.blocks.open(firing)  # its flat names may be those of another number of iterations
         stream = hidden_states(args, kwargs)
         if block.bridge.hook_in._forward_hooks:
             # A hook may write in place, and this is the tensor that the block before has put out.
@@ -188,7 +181,6 @@ class Firings:
             # Where transformer-lens' path patching and edge attribution look before they assume that
             # a head's output reaches every later block as it is.
             block.residual_contribution_scale = NoScale(self.body.non_additive_because)
-        self._name(firing, block)
         if hasattr(block, "_maybe_wire_capture_hooks"):
             block._maybe_wire_capture_hooks()
         return block

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 from loop_lens.bridge.firings import Firings
@@ -11,9 +11,36 @@ from loop_lens.bridge.names import Select, find_site, select_sites
 from loop_lens.bridge.registry import HookRegistry
 from loop_lens.prompts.inputs import ReadsInput
 from loop_lens.unrolling.body import LoopBody
+from loop_lens.unrolling.runs import Plan
 from loop_lens.unrolling.schedule import Schedule
 from loop_lens.unrolling.sites import Site
 from loop_lens.unrolling.tree import Iteration
+
+
+class CountsFirings:
+    """A bridge's configuration whose number of layers is that of the firings of a forward that begins here."""
+
+    _bridge_ref: Any
+
+    @property
+    def n_layers(self) -> int:
+        """Number of firings."""
+        bridge = self._bridge_ref() if self._bridge_ref is not None else None
+        return vars(self)["n_layers"] if bridge is None else len(bridge.blocks)
+
+    @n_layers.setter
+    def n_layers(self, n: int) -> None:
+        vars(self)["n_layers"] = n
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields."""
+        return {**vars(self), "n_layers": self.n_layers}
+
+    @classmethod
+    def over(cls, cfg: Any) -> None:
+        """Put this class over a configuration's own."""
+        own = type(cfg)
+        cfg.__class__ = type(own.__name__, (cls, own), {"__module__": own.__module__, "__doc__": own.__doc__})
 
 
 class LoopedBridge(ReadsInput):
@@ -64,31 +91,67 @@ class LoopedBridge(ReadsInput):
             >>> len(model.schedule), model.cfg.n_layers
             (66, 66)
         """
-        if recurrences is not None:
-            times[self.schedule.main_loop] = recurrences
-        for name, n in times.items():
-            if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-                raise ValueError(f"recurrences must be a whole number of at least 1, got {n!r} for {name!r}")
+        self.body.schedule = self._with_times(recurrences, times)
+
+    def _with_times(self, recurrences: int | None, times: dict[str, int]) -> Schedule:
         if self.body.order is not None:
             raise RuntimeError("the iterations run in another order: leave that context before changing R")
-        self.body.set_times(**times)
-        self.firings.reschedule()
+        if recurrences is not None:
+            times[self.schedule.main_loop] = recurrences
+        return self.schedule.with_times(**times)
 
-    @contextmanager
-    def at_recurrences(self, recurrences: int | None = None, **times: int) -> Generator[Self, None, None]:
+    def at_recurrences(self, recurrences: int | None = None, **times: int) -> AbstractContextManager[Self]:
         """Other numbers of iterations within a context, see `set_recurrences`.
+
+        They hold for what this thread (or asynchronous task) runs; others keep the model's own number.
 
         Example:
             >>> with model.at_recurrences(2):
             ...     model(prompt).shape, model.recurrences
             (torch.Size([1, 11, 11]), 2)
         """
-        before = {name: loop.times for name, loop in self.schedule.loops.items()}
-        self.set_recurrences(recurrences, **times)
-        try:
-            yield self
-        finally:
-            self.set_recurrences(**before)
+        return self.body.within(Plan(self._with_times(recurrences, times)), self)
+
+    def _whole_call(self, recurrences: int | None) -> AbstractContextManager[Any]:
+        """One number of iterations for all that a call does, even if the model's own changes meanwhile."""
+        if recurrences is not None:
+            return self.body.within(Plan(self._with_times(recurrences, {})), call=True)
+        return self.body.within(self.body.plan, call=True)
+
+    def generate(self, input: Any = "", *args: Any, recurrences: int | None = None, **kwargs: Any) -> Any:
+        """Sample tokens, as in transformer-lens; all steps run the same number of iterations.
+
+        Args:
+            input: Text, tokens [batch pos], or a tokenizer's own output.
+            *args: As in transformer-lens.
+            recurrences: Number of iterations, for this call only.
+            **kwargs: As in transformer-lens (``max_new_tokens``, ``do_sample``, ``return_type``, ...).
+
+        Example:
+            >>> tokens = model.to_tokens(prompt)
+            >>> model.generate(tokens, max_new_tokens=2, do_sample=False, stop_at_eos=False, recurrences=4).shape
+            torch.Size([1, 13])
+        """
+        with self._whole_call(recurrences):
+            return super().generate(input, *args, **kwargs)
+
+    def generate_stream(
+        self, input: Any = "", *args: Any, recurrences: int | None = None, **kwargs: Any
+    ) -> Iterator[Any]:
+        """Sample tokens step by step, as in transformer-lens, see `generate`."""
+        plan = self.body.plan if recurrences is None else Plan(self._with_times(recurrences, {}))
+        stream = super().generate_stream(input, *args, **kwargs)
+        while True:
+            with self.body.within(plan, call=True):  # never around a yield: the caller's code is not the call
+                step = next(stream, stream)
+            if step is stream:
+                return
+            yield step
+
+    def hf_generate(self, input: Any = "", *args: Any, recurrences: int | None = None, **kwargs: Any) -> Any:
+        """Generate with transformers' own method, as in transformer-lens, see `generate`."""
+        with self._whole_call(recurrences):
+            return super().hf_generate(input, *args, **kwargs)
 
     @property
     def initial_state(self) -> Any:

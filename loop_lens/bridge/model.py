@@ -13,6 +13,7 @@ from transformer_lens.model_bridge.sources.transformers_driver import Transforme
 
 from loop_lens.bridge.cache import LoopCache
 from loop_lens.bridge.firings import Firings
+from loop_lens.bridge.iterations import CountsFirings
 from loop_lens.bridge.modes import SharedBlocks
 from loop_lens.bridge.names import in_scope, resolve, visible
 from loop_lens.bridge.selection import Bounds, NamesFilter, Selector, as_asked
@@ -50,6 +51,7 @@ class HookedLoopedTransformer(SharedBlocks):
         self._selector = Selector(self)
         with self.firings.prototypes_in(model):
             super().__init__(model, adapter, tokenizer, driver=TransformersDriver(model, adapter, tokenizer))
+        CountsFirings.over(self.cfg)
         self.cfg.n_params = self.n_params_total
         self.firings.adopt()
         body.install()
@@ -116,20 +118,26 @@ class HookedLoopedTransformer(SharedBlocks):
         stop_at_layer: int | None = None,
         start_at_layer: int | None = None,
         remove_batch_dim: bool = False,
+        *,
+        recurrences: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run with temporary hooks, as in transformer-lens; names in either spelling.
+
+        ``recurrences`` is the number of iterations, for this run only.
 
         Example:
             >>> at = model.name("z", iteration=2, layer=1)
             >>> model.run_with_hooks(prompt, fwd_hooks=[(at, lambda value, hook: 0 * value)]).shape
             torch.Size([1, 11, 11])
         """
-        bounds = self._bounds(start_at_layer, stop_at_layer)
-        forward, touched = resolve(self.registry, fwd_hooks)
-        backward, also = resolve(self.registry, bwd_hooks)
-        live = {name for name in (*touched, *also) if self._selector.fires(name, bounds)}
-        with in_scope(self.registry, [*touched, *also]):
+        with ExitStack() as stack:
+            stack.enter_context(self._whole_call(recurrences))
+            bounds = self._bounds(start_at_layer, stop_at_layer)
+            forward, touched = resolve(self.registry, fwd_hooks)
+            backward, also = resolve(self.registry, bwd_hooks)
+            live = {name for name in (*touched, *also) if self._selector.fires(name, bounds)}
+            stack.enter_context(in_scope(self.registry, [*touched, *also]))
             return super().run_with_hooks(
                 input,
                 [(n, f) for n, f in forward if not isinstance(n, str) or n in live],
@@ -151,6 +159,8 @@ class HookedLoopedTransformer(SharedBlocks):
         names_filter: NamesFilter = None,
         stop_at_layer: int | None = None,
         start_at_layer: int | None = None,
+        *,
+        recurrences: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run and cache activations, as in transformer-lens.
@@ -163,6 +173,7 @@ class HookedLoopedTransformer(SharedBlocks):
                 default.
             stop_at_layer: Firing to stop before.
             start_at_layer: Firing to start at; ``input`` is then the stream that enters it.
+            recurrences: Number of iterations, for this run only; the cache keeps its names.
             **kwargs: As in transformer-lens (``pos_slice``, ``incl_bwd``, ``device``, ...).
 
         Returns:
@@ -176,14 +187,16 @@ class HookedLoopedTransformer(SharedBlocks):
             >>> cache.over_iterations("pattern", layer=1).shape
             torch.Size([8, 1, 4, 11, 11])
         """
-        bounds = self._bounds(start_at_layer, stop_at_layer)
-        selection = self._selector.select(names_filter, bounds)
-        if names_filter is not None:
-            self._warn_gated_skipped("run_with_cache", selection.gated)
-        seen = list(selection.names)
-        if bounds[1] is not None and bounds[1] < len(self.schedule):
-            seen.append(f"blocks.{bounds[1]}.hook_in")
-        with in_scope(self.registry, seen):
+        with ExitStack() as stack:
+            stack.enter_context(self._whole_call(recurrences))
+            bounds = self._bounds(start_at_layer, stop_at_layer)
+            selection = self._selector.select(names_filter, bounds)
+            if names_filter is not None:
+                self._warn_gated_skipped("run_with_cache", selection.gated)
+            seen = list(selection.names)
+            if bounds[1] is not None and bounds[1] < len(self.schedule):
+                seen.append(f"blocks.{bounds[1]}.hook_in")
+            stack.enter_context(in_scope(self.registry, seen))
             output, cache = super().run_with_cache(
                 input,
                 True,
@@ -193,15 +206,15 @@ class HookedLoopedTransformer(SharedBlocks):
                 start_at_layer=start_at_layer,
                 **kwargs,
             )
-        tensors: dict[str, Tensor] = cache.cache_dict
-        if isinstance(names_filter, str | list | tuple):
-            selection.warn_unfired(tensors)
-        selection.spread(tensors)
-        if return_cache_object:
-            found = LoopCache(tensors, self, has_batch_dim=cache.has_batch_dim)
-            found.mask = token_mask(self, input, **kwargs)
-            return output, found
-        return output, as_asked(tensors, names_filter, self.registry)
+            tensors: dict[str, Tensor] = cache.cache_dict
+            if isinstance(names_filter, str | list | tuple):
+                selection.warn_unfired(tensors)
+            selection.spread(tensors)
+            if return_cache_object:
+                found = LoopCache(tensors, self, self.schedule, has_batch_dim=cache.has_batch_dim)
+                found.mask = token_mask(self, input, **kwargs)
+                return output, found
+            return output, as_asked(tensors, names_filter, self.registry)
 
     def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Caching hooks without adding them, as in transformer-lens; names in either spelling."""
@@ -271,7 +284,7 @@ class HookedLoopedTransformer(SharedBlocks):
             True
         """
         if recurrences is not None:
-            with self.at_recurrences(recurrences):
+            with self._whole_call(recurrences):
                 return self.forward(
                     input,
                     *args,

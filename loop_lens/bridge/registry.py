@@ -14,6 +14,8 @@ from loop_lens.unrolling.schedule import Schedule
 from loop_lens.unrolling.sites import Firing, Site
 from loop_lens.unrolling.tree import UnknownNameError
 
+_SCHEDULES = 16  # that the names found are kept of
+
 
 @dataclass(frozen=True)
 class BlockNames:
@@ -57,7 +59,7 @@ class HookRegistry(MutableMapping[str, HookPoint]):
     def __init__(self, blocks: FiringBlocks, names: list[BlockNames], fixed: dict[str, HookPoint]) -> None:
         self.blocks, self.names, self.fixed = blocks, names, fixed
         self.sites: dict[str, HookPoint] = {}
-        self._located: tuple[Schedule, dict[str, Site]] = (blocks.schedule, {})
+        self._located: dict[int, tuple[Schedule, dict[str, Site]]] = {}
 
     @property
     def schedule(self) -> Schedule:
@@ -79,17 +81,20 @@ class HookRegistry(MutableMapping[str, HookPoint]):
         Raises:
             UnknownNameError: If there is no such hook; says what there is.
         """
-        schedule, located = self._located
-        if schedule is not self.schedule:
-            located = {}
-            self._located = (self.schedule, located)
+        schedule = self.schedule
+        known = self._located.get(id(schedule))
+        if known is None:
+            if len(self._located) >= _SCHEDULES:
+                self._located = {}
+            known = self._located[id(schedule)] = (schedule, {})
+        located = known[1]
         if name not in located:
-            located[name] = self._locate(name)
+            located[name] = self._locate(name, schedule)
         return located[name]
 
-    def _locate(self, name: str) -> Site:
+    def _locate(self, name: str, schedule: Schedule) -> Site:
         try:
-            site = self.schedule.site(name)
+            site = schedule.site(name)
         except UnknownNameError as error:
             raise UnknownNameError(f"{error}; {self.describe_hooks(0)}") from None
         place, hook = site
@@ -98,7 +103,7 @@ class HookRegistry(MutableMapping[str, HookPoint]):
         known = self.names[place.block].canonical
         if hook not in known:
             raise UnknownNameError(
-                f"{name!r} does not exist: {self.describe_hooks(place.block)}; {self.schedule.describe()}"
+                f"{name!r} does not exist: {self.describe_hooks(place.block)}; {schedule.describe()}"
             )
         return replace(site, goes_by=known[hook])
 
@@ -142,10 +147,12 @@ class HookRegistry(MutableMapping[str, HookPoint]):
         site = self.locate(name)
         if isinstance(site.place, Firing):
             return self.blocks.open(site.place).point(site.hook)
-        if name not in self.sites:
-            self.sites[name] = HookPoint()
-            self.sites[name].name = name
-        return self.sites[name]
+        point = self.sites.get(name)
+        if point is None:
+            point = HookPoint()
+            point.name = name
+            point = self.sites.setdefault(name, point)  # of two threads that make one, both get the first
+        return point
 
     def __setitem__(self, name: str, value: HookPoint) -> None:
         self.fixed[name] = value

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from loop_lens.bridge.cache import LoopCache
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.bridge.names import InjectionSite
 from loop_lens.interventions.edits import Edit, View
@@ -55,13 +56,13 @@ def _of_injection(model: HookedLoopedTransformer, state_name: str, change: Chang
 
 
 def cached(cache: Mapping[str, Tensor], site: Site) -> Tensor:
-    """A site's value in a cache [batch pos ...].
+    """A site's value [batch pos ...] in a cache, which may be of another number of iterations.
 
     Raises:
         UnknownNameError: If the cache has none.
     """
     try:
-        value = cache[site.flat]
+        value = cache[site.name if isinstance(cache, LoopCache) else site.flat]
     except KeyError:
         raise UnknownNameError(
             f"the cache has no {site.flat!r}: run with names_filter including it"

@@ -7,13 +7,14 @@ model: a forward, a cache, a sweep, ``generate`` with or without a key-value cac
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loop_lens.bridge.cache import LoopCache
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.interventions.changes import cached, edit_at, given_value, live_value
 from loop_lens.interventions.edits import Edit, Surgery, View
@@ -39,7 +40,7 @@ def transplant(
     Args:
         model: The model.
         site: As in `loop_lens.patch_sweep`.
-        source: Iteration that the value comes from.
+        source: Iteration that the value comes from, of those of the cache's run where there is one.
         to: Iterations that receive it.
         layers: Layers at which to do so, each from and to itself; all by default.
         cache: Another run's cache to take the value from (of another prompt, or of this one where
@@ -61,7 +62,8 @@ def transplant(
         True
     """
     where = Where(to, layers, positions, heads, segment)
-    origins = Where(source, layers, segment=segment).sites(model, site)
+    with cache.as_recorded() if isinstance(cache, LoopCache) else nullcontext():
+        origins = Where(source, layers, segment=segment).sites(model, site)
     by_layer = {origin.layer: origin for origin in origins}
     edits: list[Edit] = []
     for target in where.sites(model, site):

@@ -8,6 +8,7 @@ The modules and their forward stay transformers'; slots over the two stacks see 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,7 @@ from loop_lens.models.kind import Kind, Unrolled, bridge_config
 from loop_lens.unrolling.body import LoopBody
 from loop_lens.unrolling.kv import past_length
 from loop_lens.unrolling.schedule import Schedule
-from loop_lens.unrolling.slots import TrunkSlot, put_slot, take_slot
+from loop_lens.unrolling.slots import Slot, TrunkSlot, put_slot, take_slot
 from loop_lens.unrolling.tree import Blocks, Loop, Segments
 
 _SITES = ("hook_state_in", "hook_injected", "hook_state_out")
@@ -54,7 +55,7 @@ class HrmBody(LoopBody):
 
     def __init__(self, model: HrmTextForCausalLM) -> None:
         trunk = model.model
-        self.model = trunk
+        self.outer, self.model = model, trunk
         config: Any = model.config
         self.config = config
         n_layers = config.num_layers_per_stack
@@ -70,7 +71,7 @@ class HrmBody(LoopBody):
         put_slot(self.model.H_module.final_norm, FinalNormSlot, self, 0)
         take_slot(self.model)
         put_slot(self.model, HrmTrunkSlot, self, 0)
-        self.set_times()
+        put_slot(self.outer, ConfigSlot, self, 0)
 
     def remove(self) -> None:
         """Take the slots away again."""
@@ -78,14 +79,42 @@ class HrmBody(LoopBody):
         take_slot(self.model.L_module)
         take_slot(self.model.H_module)
         take_slot(self.model.H_module.final_norm)
+        take_slot(self.outer)
 
-    def set_times(self, **times: int) -> None:
-        """Change the numbers of iterations, ``H`` and ``L``."""
-        super().set_times(**times)
-        h, low = self.schedule.loops["H"].times, self.schedule.loops["L"].times
-        self.config.H_cycles, self.config.L_cycles = h, low
-        self.config.num_hidden_layers = self.config.num_layers_per_stack * h * (low + 1)
-        self.model.L_bp_cycles_padded = [low] * h
+    @property
+    def base(self) -> Schedule:
+        """What the config says."""
+        loops, config = self._base.loops, self.config
+        if (loops["H"].times, loops["L"].times) != (config.H_cycles, config.L_cycles):
+            self._base = self._base.with_times(H=config.H_cycles, L=config.L_cycles)
+        return self._base
+
+    @base.setter
+    def base(self, schedule: Schedule) -> None:
+        vars(self.config).update(self._fields(schedule))  # all at once: an interrupt leaves no mixture
+
+    def _fields(self, schedule: Schedule) -> dict[str, int]:
+        h, low = schedule.loops["H"].times, schedule.loops["L"].times
+        n_layers = self.config.num_layers_per_stack * h * (low + 1)
+        return {"H_cycles": h, "L_cycles": low, "num_hidden_layers": n_layers}
+
+    @property
+    def config_fields(self) -> dict[str, Any]:
+        """The numbers of iterations in force."""
+        return dict(self._fields(self.schedule))
+
+    @property
+    def executed(self) -> Schedule:
+        """What the forward under way runs, or one that would begin here."""
+        return (self.plan if self.run is None else self.run.plan).executed
+
+    def config_of_run(self) -> Any:
+        """The model's config with the numbers of iterations of the forward under way."""
+        config, fields = self.config, self._fields(self.executed)
+        if (fields["H_cycles"], fields["L_cycles"]) != (config.H_cycles, config.L_cycles):
+            config = copy.copy(config)
+        vars(config).update(fields)
+        return config
 
     def require_resumable(self, start: int, prelude_out: Tensor | None) -> dict[str, Any]:
         """Two states cannot be resumed from one residual."""
@@ -131,7 +160,8 @@ class HrmBody(LoopBody):
         if run is None or "stacks" not in run.notes:
             return bare(mixed, **kwargs)
         notes = run.notes
-        h, low = divmod(notes["stacks"], self.config.L_cycles + 1)
+        loops = run.plan.executed.loops
+        h, low = divmod(notes["stacks"], loops["L"].times + 1)
         notes["stacks"] += 1
         prefix = f"H.{h}" if high else f"H.{h}.L.{low}"
         if not high:
@@ -147,7 +177,7 @@ class HrmBody(LoopBody):
         if notes["stale"]:
             mixed = notes["L"] + notes["H"]
         mixed = self.site(f"{prefix}.hook_injected", mixed)
-        notes["last"] = high and h == self.config.H_cycles - 1
+        notes["last"] = high and h == loops["H"].times - 1
         out = self.site(f"{prefix}.hook_state_out", bare(mixed, **kwargs))
         notes["H" if high else "L"] = out
         # From here on the model's own variables are current, except z_H until its stack has run.
@@ -178,7 +208,26 @@ class FinalNormSlot(TrunkSlot):
         return bare(*args, **kwargs)
 
 
-class HrmTrunkSlot(TrunkSlot):
+class ConfigSlot(Slot):
+    """A module that asks its config how often its loops run: each forward is told its own numbers."""
+
+    @property
+    def config(self) -> Any:
+        """The config, with the numbers of iterations of the forward under way."""
+        body = self._unroller
+        assert isinstance(body, HrmBody)
+        return body.config_of_run()
+
+    @property
+    def L_bp_cycles_padded(self) -> list[int]:
+        """In how many low-level iterations gradients are kept: in all of them."""
+        body = self._unroller
+        assert isinstance(body, HrmBody)
+        loops = body.executed.loops
+        return [loops["L"].times] * loops["H"].times
+
+
+class HrmTrunkSlot(ConfigSlot, TrunkSlot):
     """The model below the head: embeds tokens itself, so that the first state is known."""
 
     def __call__(

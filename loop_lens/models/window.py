@@ -34,6 +34,7 @@ from loop_lens.unrolling.calls import (
     output_stream,
     with_hidden_states,
 )
+from loop_lens.unrolling.numbers import whole
 from loop_lens.unrolling.runs import Run
 from loop_lens.unrolling.schedule import Schedule
 from loop_lens.unrolling.tree import Blocks, Loop, Segments
@@ -69,6 +70,7 @@ class Window:
         Raises:
             ValueError: If the layers are not a run of the model's layers, or the rule is unknown.
         """
+        layers = [whole(layer, "a layer") for layer in layers]
         chosen = [layer + n_layers if layer < 0 else layer for layer in layers]
         if not chosen:
             raise ValueError("layers is empty: give the layers to loop, e.g. range(10, 20)")
@@ -76,9 +78,8 @@ class Window:
         if outside:
             raise ValueError(f"layer {outside[0]} does not exist: the model has layers 0-{n_layers - 1}")
         if chosen != list(range(chosen[0], chosen[-1] + 1)):
-            raise ValueError(f"layers {list(layers)} are not one run of neighbouring layers in order")
-        if isinstance(times, bool) or not isinstance(times, int) or times < 1:
-            raise ValueError(f"times must be a whole number of at least 1, got {times!r}")
+            raise ValueError(f"layers {layers} are not one run of neighbouring layers in order")
+        times = whole(times, "times", 1)
         if rule not in LOOP_RULES:
             raise ValueError(f"rule {rule!r} is unknown: choose one of {', '.join(LOOP_RULES)}")
         weighs = rule in ("ema", "input_anchor")
@@ -162,11 +163,11 @@ class WindowBody(LoopBody):
             run.notes["calls"] = []
             args, kwargs = with_hidden_states(self._enter(run, 0, x), args, kwargs)
         run.notes["calls"].append((bare, args, kwargs))
-        out = self.fire(run, self.executed[slot], bare, args, kwargs)
+        out = self.fire(run, run.plan.executed[slot], bare, args, kwargs)
         if slot < self.span.last:
             return out
         state = self._leave(run, 0, output_stream(out))
-        for t in range(1, self.executed.loops["loop"].times):
+        for t in range(1, run.plan.executed.loops["loop"].times):
             state = self._iterate(run, t, state)
         return map_output(lambda _: state, out)
 
@@ -175,7 +176,7 @@ class WindowBody(LoopBody):
         calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = run.notes["calls"]
         for layer, (bare, args, kwargs) in enumerate(calls):
             args, kwargs = with_hidden_states(stream, args, kwargs)
-            firing = self.executed[self.span.first + t * len(calls) + layer]
+            firing = run.plan.executed[self.span.first + t * len(calls) + layer]
             stream = output_stream(self.fire(run, firing, bare, args, kwargs))
         return self._leave(run, t, stream)
 
@@ -193,7 +194,8 @@ class WindowBody(LoopBody):
         return x if self.span.rule == "naive" else x.clone()
 
     def _leave(self, run: Run, t: int, out: Tensor) -> Tensor:
-        rule, alpha, times = self.span.rule, self.span.alpha or 0.0, self.executed.loops["loop"].times
+        rule, alpha = self.span.rule, self.span.alpha or 0.0
+        times = run.plan.executed.loops["loop"].times
         state, anchor = run.notes["state"], run.notes["anchor"]
         if rule == "residual_scaled" and t == times - 1:
             out = anchor + (out - anchor) / times

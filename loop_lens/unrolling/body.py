@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loop_lens.unrolling.runs import Order
+from loop_lens.unrolling.runs import Order, Plan
 from loop_lens.unrolling.unroller import Unroller
 
 
@@ -30,26 +30,15 @@ class LoopBody(Unroller):
     non_additive_because: str | None = None
     fold_unsound_because: str | None = None
 
-    def set_times(self, **times: int) -> None:
-        """Change the numbers of iterations, by loop name."""
-        self.schedule = self.schedule.with_times(**times)
-
     @contextmanager
     def reordered(self, order: tuple[int, ...]) -> Generator[None, None, None]:
         """Run the outermost loop's iterations in another order; see `Order`."""
         if self.order is not None:
             raise RuntimeError("the iterations run in another order already: leave that context first")
         names = self.schedule
-        loop = names.main_loop
-        self.set_times(**{loop: len(order)})
-        executed, self.schedule = self.schedule, names
-        self.order = Order.of(names, executed, order)
-        try:
+        executed = names.with_times(**{names.main_loop: len(order)})
+        with self.within(Plan(names, Order.of(names, executed, order))):
             yield
-        finally:
-            self.order = None
-            self.set_times(**{loop: names.loops[loop].times})
-            self.schedule = names
 
     def require_resumable(self, start: int, prelude_out: Tensor | None) -> dict[str, Any]:
         """What the model's forward needs besides the residual to begin at the firing ``start``.

@@ -1,4 +1,4 @@
-"""One forward in one thread (`Run`), and iterations in another order than they are named in (`Order`)."""
+"""What a forward runs (`Plan`), one forward in one thread (`Run`), and iterations in another order (`Order`)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ class Run:
 
     Attributes:
         calls: How often each physical block was called so far.
+        plan: What it runs, whatever the model is set to meanwhile.
         start: Firings before this one are not run: the input passes through them.
         stop: The firing at which the forward ends, if any.
         residual: What enters the firing ``start`` instead of its input, if anything.
@@ -31,6 +32,7 @@ class Run:
     """
 
     calls: list[int]
+    plan: Plan
     start: int = 0
     stop: int | None = None
     residual: Tensor | None = None
@@ -65,6 +67,24 @@ class Order:
     def name(self, site: str) -> str:
         """The name of a site between blocks, from where it runs."""
         return _renamed(site, self.loop, self.order)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a forward runs, and under which names.
+
+    Attributes:
+        schedule: The firings by name.
+        order: Where iterations run in another order than they are named in.
+    """
+
+    schedule: Schedule
+    order: Order | None = None
+
+    @property
+    def executed(self) -> Schedule:
+        """What runs: the schedule, unless iterations run in another order."""
+        return self.schedule if self.order is None else self.order.executed
 
 
 def _renamed(name: str, loop: str, order: tuple[int, ...]) -> str:

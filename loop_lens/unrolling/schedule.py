@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
+from loop_lens.unrolling.numbers import plain, whole
 from loop_lens.unrolling.sites import Boundary, Firing, Site, between_name
 from loop_lens.unrolling.tree import Blocks, Iteration, Loop, Segments, UnknownNameError, _loops, _runs
 
@@ -203,7 +204,7 @@ class Schedule:
         Raises:
             UnknownNameError: If there is none such.
         """
-        found = self._boundary(segment, iteration)
+        found = self._boundary(segment, plain(iteration))
         if found is None:
             raise UnknownNameError(
                 f"iteration {iteration} of {segment!r} does not exist: {self._describe_iterations(segment)}"
@@ -226,7 +227,7 @@ class Schedule:
             UnknownNameError: If there is none such.
         """
         name = between_name(hook)
-        place = self._boundary(segment, iteration)
+        place = self._boundary(segment, plain(iteration))
         for known in (name, place and f"{place.prefix}.{name}"):
             if known in self.sites:
                 return self.sites[known]
@@ -242,6 +243,7 @@ class Schedule:
             UnknownNameError: If there is none; the message says what there is.
         """
         self.require_segment(segment)
+        iteration, layer = plain(iteration), whole(layer, "layer")
         n_layers = self.segments.get(segment, 0)
         if not 0 <= layer < n_layers:
             raise UnknownNameError(
@@ -311,12 +313,18 @@ class Schedule:
         return outer == inner or any(loop.name == inner for loop in _loops(self.loops[outer].body))
 
     def with_times(self, **times: int) -> Schedule:
-        """The same schedule with other numbers of iterations, by loop name."""
+        """The same schedule with other numbers of iterations, by loop name.
+
+        Raises:
+            UnknownNameError: If there is no such loop.
+            ValueError: If a number is no whole number of at least 1.
+        """
         for name, n in times.items():
             if name not in self.loops:
                 raise UnknownNameError(f"loop {name!r} does not exist: there are {', '.join(self.loops)}")
-            if n < 1:
-                raise ValueError(f"recurrences must be at least 1, got {n} for the loop {name!r}")
+            times[name] = whole(n, f"recurrences of the loop {name!r}", 1)
+        if all(self.loops[name].times == n for name, n in times.items()):
+            return self
 
         def change(part: Blocks | Loop) -> Blocks | Loop:
             if isinstance(part, Blocks):
@@ -324,7 +332,13 @@ class Schedule:
             body = [change(inner) for inner in part.body]
             return Loop(part.name, times.get(part.name, part.times), *body, sites=part.sites)
 
-        return Schedule(Segments(*(change(part) for part in self.tree.parts), sites=self.tree.sites))
+        return _made(Segments(*(change(part) for part in self.tree.parts), sites=self.tree.sites))
+
+
+@lru_cache(maxsize=32)
+def _made(tree: Segments) -> Schedule:
+    """One schedule a tree, so that going back to a number of iterations finds the names again."""
+    return Schedule(tree)
 
 
 def _iteration(path: tuple[int, ...]) -> Iteration:

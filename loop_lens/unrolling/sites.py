@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
+from loop_lens.unrolling.numbers import plain
 from loop_lens.unrolling.tree import Iteration, UnknownNameError
 
 Layout = Literal["stream", "heads", "pattern"]
@@ -248,12 +249,17 @@ def pick(what: str, chosen: Any, every: list[Any]) -> list[Any]:
 
     Raises:
         UnknownNameError: If something chosen does not exist.
+        ValueError: If nothing is chosen.
     """
     if chosen is None:
         return every
+    given, chosen = chosen, plain(chosen)
     if isinstance(chosen, slice):
-        return every[chosen]
-    wanted = [chosen] if isinstance(chosen, int | tuple) else list(chosen)
+        wanted = every[chosen]
+    else:
+        wanted = [chosen] if isinstance(chosen, int | tuple) else list(chosen)
+    if not wanted:
+        raise ValueError(f"{given!r} chooses no {what}: there are {every[0]} to {every[-1]}, and None is all")
     missing = [item for item in wanted if item not in every]
     if missing:
         raise UnknownNameError(f"{what} {missing[0]} does not exist: there are {every[0]} to {every[-1]}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from loop_lens.unrolling.numbers import whole
+
 Iteration = int | tuple[int, ...] | None
 """An iteration of a loop: an int, a tuple (outermost first) in a nested loop, None outside loops."""
 
@@ -60,8 +62,7 @@ class Loop:
         *body: Blocks | Loop,
         sites: Iterable[str] = ("hook_state_in", "hook_state_out"),
     ) -> None:
-        if times < 1:
-            raise ValueError(f"recurrences must be at least 1, got {times} for the loop {name!r}")
+        times = whole(times, f"recurrences of the loop {name!r}", 1)
         if sum(isinstance(part, Blocks) for part in body) > 1:
             raise ValueError(f"the loop {name!r} has more than one run of blocks: nest or merge them")
         object.__setattr__(self, "name", name)

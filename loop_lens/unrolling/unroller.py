@@ -11,6 +11,7 @@ import copy
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from transformers import Cache
 
 from loop_lens.unrolling.calls import Bare, hidden_states, with_hidden_states
 from loop_lens.unrolling.kv import CacheSlot
-from loop_lens.unrolling.runs import Order, Run
+from loop_lens.unrolling.runs import Order, Plan, Run
 from loop_lens.unrolling.schedule import Schedule
 from loop_lens.unrolling.sites import Firing
 from loop_lens.unrolling.slots import BlockSlot, Slot, TrunkSlot, put_slot, take_slot
@@ -55,6 +56,22 @@ class FiringCountError(RuntimeError):
     """
 
 
+class _Context:
+    """A plan in force within a context; None once that was left. A call's own cannot be set from outside."""
+
+    def __init__(self, unroller: Unroller, plan: Plan, call: bool) -> None:
+        self.unroller, self.call = unroller, call
+        self.plan: Plan | None = plan
+
+    def leave(self) -> None:
+        self.plan = None
+        _CONTEXTS.set(tuple(context for context in _CONTEXTS.get() if context.plan is not None))
+
+
+# Innermost last. Of one thread or asynchronous task, as a forward is.
+_CONTEXTS: ContextVar[tuple[_Context, ...]] = ContextVar("plans in force", default=())
+
+
 class _Thread(threading.local):
     """What one thread runs: its forwards under way, and the window of the next one."""
 
@@ -73,7 +90,7 @@ class Unroller:
     Args:
         trunk: Module whose ``forward`` runs the loop.
         blocks: The physical blocks in the schedule's order.
-        schedule: What fires when.
+        schedule: What fires when, unless a context says otherwise.
         cache_slots: Give each firing a slot of its own in the key-value cache. Off for models
             that number the slots themselves.
 
@@ -109,9 +126,9 @@ class Unroller:
             raise ValueError(
                 f"the schedule names {schedule.n_blocks} physical blocks, the model has {len(blocks)}"
             )
-        self.trunk, self.blocks, self.schedule = trunk, list(blocks), schedule
+        self.trunk, self.blocks = trunk, list(blocks)
+        self._base = schedule
         self.cache_slots = cache_slots
-        self.order: Order | None = None
         self.executor: Executor | None = None
         self.observer: Observer | None = None
         self._thread = _Thread()
@@ -120,7 +137,69 @@ class Unroller:
         new = memo[id(self)] = copy.copy(self)
         memo[id(self._thread)] = _Thread()  # nobody runs the copy yet
         vars(new).update(copy.deepcopy(vars(self), memo))
+        new.base = self.schedule
         return new
+
+    @property
+    def base(self) -> Schedule:
+        """What forwards run outside all contexts."""
+        return self._base
+
+    @base.setter
+    def base(self, schedule: Schedule) -> None:
+        self._base = schedule
+
+    @property
+    def plan(self) -> Plan:
+        """What a forward that begins here runs: the plan of the innermost context, or the base."""
+        context = self._innermost(calls=True)
+        plan = None if context is None else context.plan
+        return Plan(self.base) if plan is None else plan
+
+    @property
+    def schedule(self) -> Schedule:
+        """The firings of a forward that begins here, by name. Setting it lasts as long as the innermost context."""
+        return self.plan.schedule
+
+    @schedule.setter
+    def schedule(self, schedule: Schedule) -> None:
+        context = self._innermost(calls=False)
+        if context is None:
+            self.base = schedule
+        else:
+            context.plan = Plan(schedule)
+
+    @property
+    def order(self) -> Order | None:
+        """The order of a forward that begins here, where it is another than iterations are named in."""
+        return self.plan.order
+
+    @contextmanager
+    def within(self, plan: Plan, entered: Any = None, *, call: bool = False) -> Generator[Any, None, None]:
+        """A plan for the forwards in this context, in this thread or task.
+
+        Contexts may be left in any order: what is in force is always the innermost that was not left.
+
+        Args:
+            plan: The plan.
+            entered: What ``with`` gives.
+            call: Whether the context is that of one call, whose plan stays when the schedule is set meanwhile.
+        """
+        context = _Context(self, plan, call)
+        try:
+            try:
+                _CONTEXTS.set((*_CONTEXTS.get(), context))
+                yield entered
+            finally:
+                context.leave()
+        finally:
+            context.leave()  # again, in case an interrupt came between
+
+    def _innermost(self, *, calls: bool) -> _Context | None:
+        for context in reversed(_CONTEXTS.get()):
+            if context.unroller is self and context.plan is not None and (calls or not context.call):
+                return context
+        return None
 
     def install(self) -> None:
         """Put slots over the blocks and the trunk. Parameters, names and hooks stay as they are.
@@ -149,7 +228,7 @@ class Unroller:
     def forward(self, offset: int = 0) -> Generator[Run, None, None]:
         """Count the calls in this context as one forward. The trunk's slot enters it by itself."""
         thread = self._thread
-        run = Run([0] * len(self.blocks), offset=offset, **thread.window)
+        run = Run([0] * len(self.blocks), self.plan, offset=offset, **thread.window)
         thread.window = {}
         thread.runs.append(run)
         try:
@@ -178,19 +257,15 @@ class Unroller:
         if run is None:
             return bare(*args, **kwargs)
         visit = run.calls[slot]
-        visits = self.executed.visits[slot]
+        executed = run.plan.executed
+        visits = executed.visits[slot]
         if visit >= len(visits):
             raise FiringCountError(
                 f"block {slot} was called more than {len(visits)} times in one forward, "
                 "but the schedule has no more firings of it: give the schedule that the model runs"
             )
         run.calls[slot] += 1
-        return self.fire(run, self.executed[visits[visit]], bare, args, kwargs)
-
-    @property
-    def executed(self) -> Schedule:
-        """What runs: the schedule, unless iterations run in another order than named."""
-        return self.schedule if self.order is None else self.order.executed
+        return self.fire(run, executed[visits[visit]], bare, args, kwargs)
 
     def fire(
         self, run: Run, firing: Firing, bare: Bare, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -202,34 +277,40 @@ class Unroller:
             args, kwargs = with_hidden_states(run.residual, args, kwargs)
         if self.cache_slots:
             # Architectures pass the cache under different names, some by position.
-            args = tuple(self._slotted(value, firing) for value in args)
-            kwargs = {key: self._slotted(value, firing) for key, value in kwargs.items()}
+            executed = run.plan.executed
+            args = tuple(self._slotted(value, firing, executed) for value in args)
+            kwargs = {key: self._slotted(value, firing, executed) for key, value in kwargs.items()}
         if self.executor is None:
             return bare(*args, **kwargs)
-        named = firing if self.order is None else self.order.named[firing.index]
+        order = run.plan.order
+        named = firing if order is None else order.named[firing.index]
         return self.executor(run, named, bare, args, kwargs)
 
     def wants(self, site: str) -> bool:
         """Whether the observer would see this site's value in the forward under way."""
         run = self.run
-        site = site if self.order is None else self.order.name(site)
-        if self.observer is None or run is None or not self.observer.wants(site):
+        if self.observer is None or run is None:
+            return False
+        order = run.plan.order
+        site = site if order is None else order.name(site)
+        if not self.observer.wants(site):
             return False
         # What comes before the first firing that runs is computed from a stand-in.
-        return run.residual is None or self.schedule.sites[site].fired_before > run.start
+        return run.residual is None or run.plan.schedule.sites[site].fired_before > run.start
 
     def site(self, name: str, value: Tensor) -> Tensor:
         """Pass a value between blocks to the observer, who may replace it."""
-        if self.observer is None or not self.wants(name):
+        run = self.run
+        if self.observer is None or run is None or not self.wants(name):
             return value
-        return self.observer.see(name if self.order is None else self.order.name(name), value)
+        order = run.plan.order
+        return self.observer.see(name if order is None else order.name(name), value)
 
-    def _slotted(self, value: Any, firing: Firing) -> Any:
-        return self._cache_slot(value, firing) if isinstance(value, Cache) else value
+    def _slotted(self, value: Any, firing: Firing, executed: Schedule) -> Any:
+        return self._cache_slot(value, firing, executed) if isinstance(value, Cache) else value
 
-    def _cache_slot(self, cache: Cache, firing: Firing) -> CacheSlot:
-        visits = self.executed.visits[firing.block]
-        if firing.index == visits[0]:
+    def _cache_slot(self, cache: Cache, firing: Firing, executed: Schedule) -> CacheSlot:
+        if firing.index == executed.visits[firing.block][0]:
             return CacheSlot(cache, firing.block, firing.block)
-        later = self.executed.repeats[firing.index]
+        later = executed.repeats[firing.index]
         return CacheSlot(cache, len(self.blocks) + later, firing.block)

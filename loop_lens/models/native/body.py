@@ -11,6 +11,7 @@ from loop_lens.models.native.modeling import LoopedTransformer
 from loop_lens.models.native.state import require_initial_state
 from loop_lens.models.published.families import family_of
 from loop_lens.unrolling.body import LoopBody
+from loop_lens.unrolling.schedule import Schedule
 
 
 class NativeBody(LoopBody):
@@ -31,21 +32,37 @@ class NativeBody(LoopBody):
             )
 
     def install(self) -> None:
-        """Put slots over blocks and trunk, and listen to the sites between blocks."""
+        """Put slots over blocks and trunk, and tell the trunk what its forwards run."""
         super().install()
-        self.model.site = self.site
+        self.model.site, self.model.times = self.site, self.times
 
-    def set_times(self, **times: int) -> None:
-        """Change the number of iterations."""
-        super().set_times(**times)
-        self.config.recurrences = self.schedule.loops["loop"].times
+    def times(self) -> int:
+        """How many iterations the forward under way runs."""
+        plan = self.plan if self.run is None else self.run.plan
+        return plan.executed.loops["loop"].times
+
+    @property
+    def base(self) -> Schedule:
+        """What the config says."""
+        if self._base.loops["loop"].times != self.config.recurrences:
+            self._base = self._base.with_times(loop=self.config.recurrences)
+        return self._base
+
+    @base.setter
+    def base(self, schedule: Schedule) -> None:
+        self.config.recurrences = schedule.loops["loop"].times
+
+    @property
+    def config_fields(self) -> dict[str, Any]:
+        """The number of iterations in force."""
+        return {"recurrences": self.schedule.loops["loop"].times}
 
     def require_resumable(self, start: int, prelude_out: Tensor | None) -> dict[str, Any]:
         """An injection still to come needs the prelude's output."""
         firing = self.schedule[start]
         if prelude_out is not None:
             return {"prelude_output": prelude_out}
-        last = self.config.recurrences - 1
+        last = self.schedule.loops["loop"].times - 1
         inside = firing.segment == "loop" and firing.iteration != last
         if self.config.injection != "none" and inside:
             raise ValueError(

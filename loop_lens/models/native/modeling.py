@@ -25,6 +25,7 @@ from loop_lens.models.native.layers import (
 )
 from loop_lens.models.native.state import InitialState, draw_initial_state
 from loop_lens.unrolling.kv import CACHE_NAME
+from loop_lens.unrolling.numbers import whole
 from loop_lens.unrolling.slots import tied_clone
 
 Site = Callable[[str, Tensor], Tensor]
@@ -88,11 +89,13 @@ class Pass:
     Attributes:
         shared: Arguments of every block: mask, positions, rotary embeddings, cache.
         past: Number of positions in the cache before this forward.
+        times: Number of iterations.
         outputs: What the firings so far have put out, None where nobody asked.
     """
 
     shared: dict[str, Any]
     past: int
+    times: int
     outputs: list[Tensor] | None
 
     def through(self, blocks: nn.ModuleList, stream: Tensor) -> Tensor:
@@ -137,6 +140,7 @@ class LoopedModel(LoopedPreTrainedModel):
         self._unregistered = (tied_clone(self.norm),)
         self.initial_state: InitialState = 0
         self.site: Site = _no_site
+        self.times: Callable[[], int] | None = None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -158,6 +162,7 @@ class LoopedModel(LoopedPreTrainedModel):
         output_hidden_states: bool | None = None,
         backprop_iterations: int | None = None,
         read_iterations: bool | Collection[int] = False,
+        recurrences: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Cache | None, Tensor | None, tuple[Tensor, ...]]:
         """Run all blocks. See `LoopedTransformer.forward` for the arguments.
@@ -169,7 +174,10 @@ class LoopedModel(LoopedPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        read = self._iterations_to_read(read_iterations, past_key_values is not None or bool(use_cache))
+        times = self._number_of_iterations(recurrences)
+        read = self._iterations_to_read(
+            read_iterations, times, past_key_values is not None or bool(use_cache)
+        )
         if backprop_iterations is not None and backprop_iterations < 1:
             raise ValueError(f"backprop_iterations must be at least 1, got {backprop_iterations}")
         if use_cache and past_key_values is None:
@@ -177,7 +185,7 @@ class LoopedModel(LoopedPreTrainedModel):
 
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         run = self._begin(x, attention_mask, position_ids, past_key_values, kwargs)
-        run.outputs = [] if output_hidden_states else None
+        run.times, run.outputs = times, [] if output_hidden_states else None
         e = self._prelude_output(x, run)
         e = self.site("hook_prelude_out", e) if prelude_output is None else prelude_output
         state = self._first_state(e, run) if initial_state is None else initial_state
@@ -192,9 +200,20 @@ class LoopedModel(LoopedPreTrainedModel):
         whole = len({gate.shape for gate in gates}) == 1
         return stream, past_key_values, torch.stack(gates) if whole else None, tuple(run.outputs or ())
 
-    def _iterations_to_read(self, asked: bool | Collection[int], cached: bool) -> Collection[int]:
+    def _number_of_iterations(self, asked: int | None) -> int:
+        """As asked for; else as whoever unrolls this model says; else the config's."""
+        if self.times is None:
+            return self.config.recurrences if asked is None else whole(asked, "recurrences", 1)
+        times = self.times()
+        if asked is not None and asked != times:
+            raise ValueError(
+                f"recurrences={asked}, but this model is open and runs {times}: give the number to what opened it, "
+                "the HookedLoopedTransformer"
+            )
+        return times
+
+    def _iterations_to_read(self, asked: bool | Collection[int], times: int, cached: bool) -> Collection[int]:
         """The iterations after which the coda reads the state: the last one, unless others are asked for."""
-        times = self.config.recurrences
         if not asked:
             return (times - 1,)
         if cached or self.site is not _no_site:
@@ -234,7 +253,7 @@ class LoopedModel(LoopedPreTrainedModel):
             "position_embeddings": self.rotary_emb(x, position_ids),
             **kwargs,
         }
-        return Pass(shared, past, None)
+        return Pass(shared, past, self.config.recurrences, None)
 
     def _prelude_output(self, x: Tensor, run: Pass) -> Tensor:
         e = run.through(self.prelude, x)
@@ -250,7 +269,7 @@ class LoopedModel(LoopedPreTrainedModel):
         self, state: Tensor, e: Tensor, run: Pass, read: Collection[int], backprop_iterations: int | None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Run all iterations. Returns the states after the iterations to read, and every iteration's gates."""
-        times, grad = self.config.recurrences, torch.is_grad_enabled()
+        times, grad = run.times, torch.is_grad_enabled()
         first_grad = 0 if backprop_iterations is None else times - backprop_iterations
         states, gates = list[Tensor](), list[Tensor]()
         for t in range(times):
@@ -273,7 +292,7 @@ class LoopedModel(LoopedPreTrainedModel):
         state = run.through(self.core, state)
         if config.loop_norm:
             # With no coda, the last iteration's norm is the final one.
-            final = t == config.recurrences - 1 and not config.coda_layers
+            final = t == run.times - 1 and not config.coda_layers
             state = (self.norm if final else self.inner_norm)(state)
         return site(f"loop.{t}.hook_state_out", state)
 
@@ -294,7 +313,7 @@ class LoopedModel(LoopedPreTrainedModel):
 class LoopedTransformer(LoopedPreTrainedModel, GenerationMixin):
     """A looped language model.
 
-    ``model.initial_state`` and ``model.config.recurrences`` may change at any time. Two forwards of
+    ``model.model.initial_state`` and ``model.config.recurrences`` may change at any time. Two forwards of
     the same tokens are equal: noise is drawn from the seed in ``initial_state`` (0 by default), by
     position, so that batches, padding on the left and cached decoding do not change it.
 
@@ -346,11 +365,12 @@ class LoopedTransformer(LoopedPreTrainedModel, GenerationMixin):
                 a key-value cache, nor on a model whose hooks are in use.
             places: Read out at these places only, as indices into the flattened [batch * pos]: logits
                 are [place vocab].
-            **kwargs: ``prelude_output``, injected instead of the prelude's own output [batch pos d_model];
-                ``initial_state``, before iteration 0 [batch pos d_model], for this forward only;
-                ``backprop_iterations``: keep a graph of this many last iterations only, earlier ones run
-                without, so that neither their state nor what they inject gets gradients. All else is
-                passed on to the attention implementation.
+            **kwargs: ``recurrences``: number of iterations, for this forward only; ``prelude_output``, injected
+                instead of the prelude's own output [batch pos d_model]; ``initial_state``, before
+                iteration 0 [batch pos d_model], for this forward only; ``backprop_iterations``: keep a
+                graph of this many last iterations only, earlier ones run without, so that neither their
+                state nor what they inject gets gradients. All else is passed on to the attention
+                implementation.
         """
         kwargs.pop("output_attentions", None)
         kwargs.pop("return_dict", None)
