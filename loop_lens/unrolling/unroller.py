@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache
 
@@ -22,7 +23,7 @@ from loop_lens.unrolling.kv import CacheSlot
 from loop_lens.unrolling.runs import Order, Plan, Run
 from loop_lens.unrolling.schedule import Schedule
 from loop_lens.unrolling.sites import Firing
-from loop_lens.unrolling.slots import BlockSlot, Slot, TrunkSlot, put_slot, take_slot
+from loop_lens.unrolling.slots import BlockSlot, Slot, TrunkSlot, own_class, put_slot, take_slot
 
 Executor = Callable[[Run, Firing, Bare, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -132,6 +133,7 @@ class Unroller:
         self.executor: Executor | None = None
         self.observer: Observer | None = None
         self._thread = _Thread()
+        self._extras: dict[type, int | None] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Unroller:
         new = memo[id(self)] = copy.copy(self)
@@ -272,7 +274,7 @@ class Unroller:
     ) -> Any:
         """Run one firing: skipped, bare, or by whoever runs firings differently."""
         if firing.index < run.start:
-            return hidden_states(args, kwargs)
+            return self._skipped(firing, bare, args, kwargs)
         if firing.index == run.start and run.residual is not None:
             args, kwargs = with_hidden_states(run.residual, args, kwargs)
         if self.cache_slots:
@@ -285,6 +287,21 @@ class Unroller:
         order = run.plan.order
         named = firing if order is None else order.named[firing.index]
         return self.executor(run, named, bare, args, kwargs)
+
+    def _skipped(self, firing: Firing, bare: Bare, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The input of a firing that does not run, in the form in which blocks of its class return a stream.
+
+        The first time a class is met, one of its blocks runs to show that form.
+        """
+        kind = own_class(self.blocks[firing.block])
+        if kind not in self._extras:
+            bare_args = tuple(None if isinstance(value, Cache) else value for value in args)
+            bare_kwargs = {k: None if isinstance(value, Cache) else value for k, value in kwargs.items()}
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                out = bare(*bare_args, **bare_kwargs)
+            self._extras[kind] = len(out) - 1 if isinstance(out, tuple) else None
+        extras, stream = self._extras[kind], hidden_states(args, kwargs)
+        return stream if extras is None else (stream, *[None] * extras)
 
     def wants(self, site: str) -> bool:
         """Whether the observer would see this site's value in the forward under way."""

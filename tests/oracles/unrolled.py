@@ -54,10 +54,33 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+_BLOOM = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "n_layer": 6,
+    "n_head": 4,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+FUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": MODELS["gpt2"],
+    "gpt_neox": MODELS["gpt_neox"],
+    "phi3": ("Phi3", _sizes(num_key_value_heads=2)),
+    "glm": ("Glm", _sizes(num_key_value_heads=2, head_dim=8)),
+    "bloom": ("Bloom", _BLOOM),
+    "codegen": ("CodeGen", _gpt(rotary_dim=4, n_ctx=64)),
+    "gpt_bigcode": ("GPTBigCode", _gpt()),
+    "mpt": ("Mpt", {"vocab_size": 64, "d_model": 32, "n_layers": 6, "n_heads": 4, "max_seq_len": 64}),
+    "falcon": ("Falcon", _sizes(multi_query=False)),
+    "falcon, one key head": ("Falcon", _sizes(multi_query=True, alibi=True)),
+}
+"""Architectures whose queries, keys and values, or gates, come from one fused projection."""
+
 
 def decoder(name: str) -> Any:
     """A tiny random decoder of one architecture."""
-    family, sizes = MODELS[name]
+    family, sizes = (MODELS | FUSED)[name]
     heads = {"GPT2": "LMHeadModel"}.get(family, "ForCausalLM")
     torch.manual_seed(0)
     model = getattr(hf, f"{family}{heads}")(getattr(hf, f"{family}Config")(**sizes)).eval()
