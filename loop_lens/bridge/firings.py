@@ -16,7 +16,7 @@ from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from loop_lens.bridge.blocks import FiringBlocks, hook_point
 from loop_lens.bridge.norms import keep_own_norms
-from loop_lens.bridge.projections import SplitProjection, split_projections
+from loop_lens.bridge.projections import fuse_projections, projections_apart
 from loop_lens.bridge.registry import BlockNames, HookRegistry
 from loop_lens.models.native.attention import accept_either_cache_name
 from loop_lens.unrolling.additive import NoScale
@@ -57,8 +57,6 @@ class Firings:
         prototypes: One block per physical block; transformer-lens' bridges once they are wired.
         blocks: One bridge per firing.
         physical: Whether the bridge shows the prototypes, not the firings.
-        always: Whether a firing without hooks runs its bridge, too.
-        split: What transformer-lens split from fused projections.
     """
 
     prototypes: nn.ModuleList
@@ -68,8 +66,7 @@ class Firings:
         self.bridge, self.body = bridge, body
         self.prototypes = nn.ModuleList(tied_clone(block) for block in body.blocks)
         self.blocks = FiringBlocks(body, self._make, self._name)
-        self.physical, self.always = True, False
-        self.split: list[SplitProjection] = []
+        self.physical = True
         self._names: list[BlockNames] = []
         self._physical_registry: dict[str, HookPoint] = {}
 
@@ -108,13 +105,6 @@ class Firings:
         self.blocks.training = bridge.training
         registry = HookRegistry(self.blocks, self._names, fixed)
         bridge.blocks, bridge._hook_registry = self.blocks, registry  # type: ignore[assignment]
-        own = {id(parameter) for parameter in bridge.original_model.parameters()}
-        shared = all(id(parameter) in own for parameter in self.prototypes.parameters())
-        processed = bridge._weights_processed
-        self.split = [] if processed else split_projections(self.prototypes)
-        # After weight processing, blocks whose bridge holds weights of its own (split from a fused
-        # projection) must not fall back to the bare module, which still has the old ones.
-        self.always = processed and not shared
         self.body.executor, self.body.observer = self.run, registry
         self.physical = False
 
@@ -125,7 +115,7 @@ class Firings:
         bridge.blocks, bridge._hook_registry = self.prototypes, self._physical_registry
         self.physical = True
         try:
-            with self.prototypes_in(bridge.original_model):
+            with self.prototypes_in(bridge.original_model), projections_apart(self.prototypes):
                 yield
         finally:
             self.install()
@@ -146,13 +136,13 @@ class Firings:
 
     def run(self, run: Run, firing: Firing, bare: Bare, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one firing: its bridge if something inside is hooked, otherwise the bare module."""
-        block = self.blocks.open(firing) if self.always else self.blocks.opened.get(firing.prefix)
+        block = self.blocks.opened.get(firing.prefix)
         if run.stop == firing.index:
             stream = hidden_states(args, kwargs)
             raise StopAtLayerException(stream if block is None else block.bridge.hook_in(stream))
         if block is None:
             return bare(*args, **kwargs)
-        inside = self.always or block.hooked_inside
+        inside = block.hooked_inside
         if not (inside or block.hooked_ends):
             return bare(*args, **kwargs)
         self.blocks.open(firing)  # its flat names may be those of another number of iterations
@@ -214,3 +204,4 @@ def _prepare(block: nn.Module) -> None:
             module.gradient_checkpointing = False  # type: ignore[assignment]
     accept_either_cache_name(block)
     keep_own_norms(block)
+    fuse_projections(block)

@@ -306,8 +306,6 @@ class HookedLoopedTransformer(SharedBlocks):
                 input = input[:1]
         elif prelude_out is not None:
             raise ValueError("prelude_out goes with start_at_layer: otherwise the prelude computes it")
-        for projection in self.firings.split:
-            projection.follow()
         with self.body.window(**window):
             return super().forward(input, *args, **kwargs)
 

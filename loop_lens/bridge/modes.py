@@ -80,8 +80,6 @@ class SharedBlocks(LoopedBridge):
         kwargs.setdefault("print_details", False)
         super().to(*args, **kwargs)
         kwargs.pop("print_details", None)
-        # Weights that transformer-lens split from a fused projection live in the bridges alone.
-        self.firings.prototypes.to(*args, **kwargs)
         return self
 
     @property
