@@ -241,10 +241,15 @@ def test_compatibility_mode(name: str) -> None:
         )
 
 
-def test_folding_is_refused_where_transformer_lens_does_not_fold() -> None:
-    looped = loop_lens.loopify(decoder("olmo2"), layers=range(2, 5), times=3)
-    with pytest.raises(ValueError, match="does not fold"):
-        looped.enable_compatibility_mode()
+@pytest.mark.filterwarnings("ignore:.*norm weights stay unfolded")
+@pytest.mark.parametrize("name", ["olmo2", "phi3"])
+def test_what_can_be_processed_is_where_norms_follow_branches_or_projections_are_fused(name: str) -> None:
+    looped = loop_lens.loopify(decoder(name), layers=range(2, 5), times=3)
+    before = looped(TOKENS).log_softmax(-1)
+    looped.enable_compatibility_mode(disable_warnings=True)
+    assert looped.W_U.mean(-1).abs().max() < 1e-6
+    for logits in (looped(TOKENS), looped.run_with_cache(TOKENS)[0]):
+        assert (logits.log_softmax(-1) - before).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])

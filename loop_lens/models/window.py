@@ -269,8 +269,6 @@ def unroll_window(
     window = Window.of(layers, times, rule, alpha, len(blocks))
     adapter.prepare_model(model)
     body = WindowBody(model, blocks, template.name, window)
-    if not getattr(adapter, "supports_fold_ln", True):
-        body.fold_unsound_because = f"transformer-lens does not fold the norms of {architecture}"
     attention = template.submodules.get("attn")
     if attention is not None and type(attention).forward is AttentionBridge.forward:
         # This bridge shows the pattern that the module returns, and only eager attention returns one.
