@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Self
 
+from loop_lens.bridge.doors import require_known
 from loop_lens.bridge.firings import Firings
 from loop_lens.bridge.names import Select, find_site, select_sites
 from loop_lens.bridge.registry import HookRegistry
@@ -132,6 +133,7 @@ class LoopedBridge(ReadsInput):
             >>> model.generate(tokens, max_new_tokens=2, do_sample=False, stop_at_eos=False, recurrences=4).shape
             torch.Size([1, 13])
         """
+        require_known(self, "generate", kwargs)
         with self._whole_call(recurrences):
             return super().generate(input, *args, **kwargs)
 
@@ -139,6 +141,7 @@ class LoopedBridge(ReadsInput):
         self, input: Any = "", *args: Any, recurrences: int | None = None, **kwargs: Any
     ) -> Iterator[Any]:
         """Sample tokens step by step, as in transformer-lens, see `generate`."""
+        require_known(self, "generate_stream", kwargs)
         plan = self.body.plan if recurrences is None else Plan(self._with_times(recurrences, {}))
         stream = super().generate_stream(input, *args, **kwargs)
         while True:
@@ -150,6 +153,7 @@ class LoopedBridge(ReadsInput):
 
     def hf_generate(self, input: Any = "", *args: Any, recurrences: int | None = None, **kwargs: Any) -> Any:
         """Generate with transformers' own method, as in transformer-lens, see `generate`."""
+        require_known(self, "hf_generate", kwargs)
         with self._whole_call(recurrences):
             return super().hf_generate(input, *args, **kwargs)
 

@@ -12,6 +12,7 @@ from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapt
 from transformer_lens.model_bridge.sources.transformers_driver import TransformersDriver
 
 from loop_lens.bridge.cache import LoopCache
+from loop_lens.bridge.doors import require_known
 from loop_lens.bridge.firings import Firings
 from loop_lens.bridge.iterations import CountsFirings
 from loop_lens.bridge.modes import SharedBlocks
@@ -131,6 +132,7 @@ class HookedLoopedTransformer(SharedBlocks):
             >>> model.run_with_hooks(prompt, fwd_hooks=[(at, lambda value, hook: 0 * value)]).shape
             torch.Size([1, 11, 11])
         """
+        require_known(self, "run_with_hooks", kwargs)
         with ExitStack() as stack:
             stack.enter_context(self._whole_call(recurrences))
             bounds = self._bounds(start_at_layer, stop_at_layer)
@@ -187,6 +189,7 @@ class HookedLoopedTransformer(SharedBlocks):
             >>> cache.over_iterations("pattern", layer=1).shape
             torch.Size([8, 1, 4, 11, 11])
         """
+        require_known(self, "run_with_cache", kwargs)
         with ExitStack() as stack:
             stack.enter_context(self._whole_call(recurrences))
             bounds = self._bounds(start_at_layer, stop_at_layer)
@@ -273,6 +276,7 @@ class HookedLoopedTransformer(SharedBlocks):
 
         Raises:
             ValueError: If the residual stream alone does not determine the rest of the forward.
+            TypeError: If a keyword is none that this method, transformer-lens' or the model's own reads.
 
         Example:
             >>> model(prompt, recurrences=2).shape
@@ -294,6 +298,7 @@ class HookedLoopedTransformer(SharedBlocks):
                     rows=rows,
                     **kwargs,
                 )
+        require_known(self, "forward", kwargs)
         start, stop = self._bounds(start_at_layer, stop_at_layer)
         window: dict[str, Any] = {"stop": stop, "rows": rows}
         if start is not None:

@@ -4,15 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+from loop_lens.unrolling.keywords import require_keywords
 from loop_lens.unrolling.schedule import Schedule
 from loop_lens.unrolling.tree import Blocks, Loop, Segments
 
 BLOCK_NORMS = ("pre", "sandwich", "post_branch", "post_residual")
 INJECTIONS = ("none", "add", "linear", "diagonal")
 INITIAL_STATES = ("prelude", "zeros", "noise")
+# Beyond its fields: what transformers' own constructor reads, writes into files, or once did.
+_KNOWN_TO_TRANSFORMERS = frozenset(GenerationConfig().to_dict()) | {
+    *(
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "_commit_hash",
+        "_experts_implementation_internal",
+    ),
+    *(
+        "_name_or_path",
+        "attn_implementation",
+        "auto_map",
+        "experts_implementation",
+        "model_type",
+        "name_or_path",
+    ),
+    *("num_labels", "output_attentions", "partial_rotary_factor", "per_layer_config", "quantization_config"),
+    *("rope_scaling", "rope_theta", "torch_dtype"),
+}
 QK_NORMS = ("none", "full", "head", "head_after_rope")
 
 
@@ -114,6 +134,8 @@ class LoopedConfig(PreTrainedConfig):
     published: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        fields = {name for name in type(self).__dataclass_fields__ if not name.startswith("_")}
+        require_keywords(kwargs, fields | _KNOWN_TO_TRANSFORMERS, "LoopedConfig()")
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
@@ -124,7 +146,7 @@ class LoopedConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.rope_parameters is None:
-            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+            self.rope_parameters = {"rope_type": "default", "rope_theta": kwargs.pop("rope_theta", 10000.0)}
         super().__post_init__(**kwargs)
         self._require_sound()
 

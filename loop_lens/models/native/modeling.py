@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -24,11 +25,14 @@ from loop_lens.models.native.layers import (
     ScaledEmbedding,
 )
 from loop_lens.models.native.state import InitialState, draw_initial_state
+from loop_lens.unrolling.keywords import keywords_of, require_keywords
 from loop_lens.unrolling.kv import CACHE_NAME
 from loop_lens.unrolling.numbers import whole
 from loop_lens.unrolling.slots import tied_clone
 
 Site = Callable[[str, Tensor], Tensor]
+# What transformers' own methods and tokenizers hand to every model.
+_UNUSED = ("cache_position", "output_attentions", "return_dict", "token_type_ids")
 
 
 @dataclass
@@ -331,6 +335,12 @@ class LoopedTransformer(LoopedPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @property
+    def forward_keywords(self) -> frozenset[str]:
+        """The keywords that a forward reads."""
+        named = keywords_of(LoopedTransformer.forward) | keywords_of(LoopedModel.forward)
+        return named | FlashAttentionKwargs.__optional_keys__ | {"is_causal", "num_items_in_batch", *_UNUSED}
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -369,11 +379,15 @@ class LoopedTransformer(LoopedPreTrainedModel, GenerationMixin):
                 instead of the prelude's own output [batch pos d_model]; ``initial_state``, before
                 iteration 0 [batch pos d_model], for this forward only; ``backprop_iterations``: keep a
                 graph of this many last iterations only, earlier ones run without, so that neither their
-                state nor what they inject gets gradients. All else is passed on to the attention
-                implementation.
+                state nor what they inject gets gradients; and what the attention implementation takes.
+
+        Raises:
+            TypeError: If a keyword is none that is read.
         """
-        kwargs.pop("output_attentions", None)
-        kwargs.pop("return_dict", None)
+        require_keywords(kwargs, self.forward_keywords, "LoopedTransformer()")
+        n_items = kwargs.pop("num_items_in_batch", None)
+        for unused in _UNUSED:
+            kwargs.pop(unused, None)
         stream, cache, gates, firings = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -401,7 +415,7 @@ class LoopedTransformer(LoopedPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             compute: Any = self.loss_function
-            loss = compute(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            loss = compute(logits, labels, self.config.vocab_size, num_items_in_batch=n_items)
         fields: dict[str, Any] = {
             "loss": loss,
             "logits": logits,
