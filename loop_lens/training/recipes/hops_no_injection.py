@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from loop_lens.data.task import Task
-from loop_lens.models.native.config import LoopedConfig
-from loop_lens.training.recipes import hops
-from loop_lens.training.recipes.recipe import Recipe
+from dataclasses import replace
 
+from loop_lens.training.recipes.hops import HOPS, hops_config
 
-def model(of: Task) -> LoopedConfig:
-    """As ``hops``, but the loop starts from the prelude's output and never sees it again."""
-    return LoopedConfig.from_dict(
-        hops.model(of).to_dict() | {"injection": "none", "initial_state": "prelude"}
-    )
-
-
-HOPS_NO_INJECTION = Recipe(
+HOPS_NO_INJECTION = replace(
+    HOPS,
     name="hops-no-injection",
     summary="The model of `hops` without injection: prelude 1, core 2, coda 1, and a loop that starts from the "
     "prelude's output and never sees it again, so that all it needs must stay in its state.",
-    intended=hops.INTENDED + " Compare its dynamics with those of `hops`.",
-    task=hops.task,
-    model=model,
-    training=hops.training,
-    measure=hops.measure,
+    intended=HOPS.intended + " Compare its dynamics with those of `hops`.",
+    model=lambda task: hops_config(task, injection="none", initial_state="prelude"),
 )

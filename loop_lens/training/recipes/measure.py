@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -21,18 +21,12 @@ from loop_lens.training.evaluation import totals
 
 TEST_SEED = 10_000
 """Seed of the test batches; any number would do, but cards and tests must agree."""
+_SHOWN = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """Measurements of a trained model.
-
-    Attributes:
-        numbers: Single values by name.
-        tables: Tables by title, one row per iteration or level.
-        notes: Sentences that say what was measured, by the title of a table.
-        samples: Text that the model wrote, by prompt.
-    """
+    """What a trained model does: numbers by name, tables and notes on them by title, what it wrote by prompt."""
 
     numbers: dict[str, float]
     tables: dict[str, pd.DataFrame]
@@ -49,14 +43,7 @@ def held_out(task: Task, level: int, n: int) -> TaskBatch:
 def accuracy_by_iteration(
     model: LoopedTransformer, batch: TaskBatch, recurrences: int, *, rows: int = 64
 ) -> Float[Tensor, "iteration answer"]:
-    """How often the model is right when its loop ends after each iteration, answer by answer.
-
-    Args:
-        model: A model in eval mode, with its own default initial state.
-        batch: Sequences that all have their answers at the same positions.
-        recurrences: Number of iterations to run.
-        rows: Sequences per forward.
-    """
+    """How often a model is right if its loop ends after each iteration; all sequences answer at the same places."""
     every = range(1, recurrences + 1)
     _, right, labels = torch.stack([totals(model, part, every) for part in batch.split(rows)]).sum(0)
     return (right / labels)[:, batch.labels[0] != IGNORED].float()
@@ -69,12 +56,6 @@ def relative_steps(model: LoopedTransformer, tokens: Tensor, recurrences: int) -
     return steps.flatten(1).mean(1)
 
 
-def path_cosine(model: LoopedTransformer, tokens: Tensor, recurrences: int) -> float:
-    """The least cosine over tokens between the last states reached from two random initial states."""
-    one, two = (_states(model, tokens, recurrences, seed=seed)[-1] for seed in (0, 1))
-    return torch.cosine_similarity(one, two, dim=-1).min().item()
-
-
 @torch.no_grad()
 def _states(model: LoopedTransformer, tokens: Tensor, recurrences: int, *, seed: int) -> Tensor:
     opened = wrap(copy.deepcopy(model), recurrences=recurrences)
@@ -82,6 +63,17 @@ def _states(model: LoopedTransformer, tokens: Tensor, recurrences: int, *, seed:
         opened.initial_state = seed
     _, cache = opened.run_with_cache(tokens, names_filter=opened.names("state_out"))
     return cache.over_iterations("state_out")
+
+
+def _settling(steps: Tensor, shown: Sequence[int], sequences: str) -> tuple[pd.DataFrame, str]:
+    """A table of `relative_steps`, and the note on it."""
+    later = [t for t in shown if t > 1]
+    table = pd.DataFrame({"iteration": later, "relative step": steps[[t - 2 for t in later]]})
+    note = (
+        "Mean over tokens of the distance between the states that leave an iteration and the one before, relative "
+        f"to the state's norm; 16 test {sequences}."
+    )
+    return table, note
 
 
 def measure_chain(
@@ -102,21 +94,17 @@ def measure_chain(
         n: Test sequences per level.
     """
     top, default = task.levels, model.config.recurrences
-    shown = [t for t in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128) if t <= most]
-    trained = accuracy_by_iteration(model, held_out(task, top, n), most)
-    answers = [f"answer {i + 1}" for i in range(top)]
-    by_answer = pd.DataFrame(trained[[t - 1 for t in shown]], columns=answers)
+    shown = [t for t in _SHOWN if t <= most]
+    at = [t - 1 for t in shown]
+    trained, *longer = (accuracy_by_iteration(model, held_out(task, k, n), most) for k in (top, *beyond))
+    by_answer = pd.DataFrame(trained[at], columns=[f"answer {i + 1}" for i in range(top)])
     by_answer.insert(0, "iterations", shown)
-    longer = {level: accuracy_by_iteration(model, held_out(task, level, n), most) for level in beyond}
     by_level = pd.DataFrame({"iterations": shown})
-    for level, accuracy in {top: trained, **longer}.items():
-        by_level[f"{level}, all"] = accuracy.mean(1)[[t - 1 for t in shown]]
-        by_level[f"{level}, last"] = accuracy[[t - 1 for t in shown], -1]
+    for level, accuracy in zip((top, *beyond), (trained, *longer), strict=True):
+        by_level[f"{level}, all"] = accuracy.mean(1)[at]
+        by_level[f"{level}, last"] = accuracy[at, -1]
     tokens = held_out(task, top, 16).input_ids
     steps = relative_steps(model, tokens, most)
-    settling = pd.DataFrame(
-        {"iteration": [t for t in shown if t > 1], "relative step": steps[[t - 2 for t in shown if t > 1]]}
-    )
     numbers = {
         "chance": task.chance(top),
         "accuracy_at_one_iteration": trained[0].mean().item(),
@@ -124,31 +112,46 @@ def measure_chain(
         "last_answer_at_one_iteration": trained[0, -1].item(),
         "last_answer": trained[default - 1, -1].item(),
         f"accuracy_at_{most}_iterations": trained[-1].mean().item(),
-        **{f"last_answer_of_{k}_at_{default}": a[default - 1, -1].item() for k, a in longer.items()},
-        **{f"last_answer_of_{k}_at_{most}": a[-1, -1].item() for k, a in longer.items()},
-        f"relative_step_at_{most}": steps[-1].item(),
-        "test_sequences": n,
     }
+    for t in (default, most):
+        numbers |= {
+            f"last_answer_of_{k}_at_{t}": a[t - 1, -1].item() for k, a in zip(beyond, longer, strict=True)
+        }
+    numbers |= {f"relative_step_at_{most}": steps[-1].item(), "test_sequences": n}
     if model.config.initial_state == "noise":
-        numbers["cosine_of_two_starts_after_40"] = path_cosine(model, tokens, 40)
-    titles = ("Accuracy by iterations and answer", "Beyond the trained length", "Convergence")
-    notes = {
-        titles[0]: f"{n} test sequences of {top} answers; the loop ends after so many iterations. "
-        f"Chance is {task.chance(top):.3f}.",
-        titles[1]: f"Chains of {', '.join(map(str, beyond))} answers were never trained; each column is the "
-        "length, with the accuracy of all its answers and of the last one.",
-        titles[2]: "Mean over tokens of the distance between the states that leave an iteration and the one "
-        "before, relative to the state's norm; 16 test sequences.",
+        one, two = (_states(model, tokens, 40, seed=seed)[-1] for seed in (0, 1))
+        numbers["cosine_of_two_starts_after_40"] = torch.cosine_similarity(one, two, dim=-1).min().item()
+    tables = {
+        "Accuracy by iterations and answer": (
+            by_answer,
+            f"{n} test sequences of {top} answers; the loop ends after so many iterations. "
+            f"Chance is {task.chance(top):.3f}.",
+        ),
+        "Beyond the trained length": (
+            by_level,
+            f"Chains of {', '.join(map(str, beyond))} answers were never trained; each column is the length, with "
+            "the accuracy of all its answers and of the last one.",
+        ),
+        "Convergence": _settling(steps, shown, "sequences"),
     }
-    tables: dict[str, pd.DataFrame] = dict(zip(titles, (by_answer, by_level, settling), strict=True))
     if model.config.exit_gate:
-        title = "Exit gate"
-        tables[title] = gate_table(model, held_out(task, top, n))
-        notes[title] = (
+        tables["Exit gate"] = (
+            gate_table(model, held_out(task, top, n)),
             f"Mean over test sequences of the iteration at which the trained gate leaves, of {default}, and how "
-            "often the answer is right there, by answer."
+            "often the answer is right there, by answer.",
         )
-    return Measurements(numbers, tables, notes)
+    return _measurements(numbers, tables)
+
+
+def _measurements(
+    numbers: dict[str, float],
+    tables: Mapping[str, tuple[pd.DataFrame, str]],
+    samples: Mapping[str, str] | None = None,
+) -> Measurements:
+    notes = {title: note for title, (_, note) in tables.items()}
+    return Measurements(
+        numbers, {title: table for title, (table, _) in tables.items()}, notes, dict(samples or {})
+    )
 
 
 @torch.no_grad()
@@ -175,7 +178,6 @@ def measure_text(
     task: Task,
     *,
     most: int = 32,
-    rows: int = 16,
     prompts: Sequence[str] = (
         "Return the",
         "The default value is",
@@ -189,21 +191,15 @@ def measure_text(
         model: The trained model.
         task: A `TextTask`.
         most: The largest number of iterations.
-        rows: Windows per forward.
         prompts: What to continue.
     """
     assert isinstance(task, TextTask)
     default, batch = model.config.recurrences, task.windows("test")
-    shown = [t for t in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64) if t <= most]
-    sums = torch.stack([totals(model, part, shown).sum(-1) for part in batch.split(rows)]).sum(0)
+    shown = [t for t in _SHOWN if t <= most]
+    sums = torch.stack([totals(model, part, shown).sum(-1) for part in batch.split(16)]).sum(0)
     loss, right = sums[0] / sums[2], sums[1] / sums[2]
-    tokens_per_byte = len(task.tokens["test"]) / task.bytes["test"]
-    bits = loss / math.log(2) * tokens_per_byte
-    table = pd.DataFrame({"iterations": shown, "loss": loss, "bits per byte": bits, "accuracy": right})
+    bits = loss / math.log(2) * len(task.tokens["test"]) / task.bytes["test"]
     steps = relative_steps(model, batch.input_ids[:16], most)
-    settling = pd.DataFrame(
-        {"iteration": shown[1:], "relative step": steps[torch.tensor([t - 2 for t in shown[1:]])]}
-    )
     at = shown.index(default)
     numbers = {
         "chance": 1 / task.vocab_size,
@@ -217,22 +213,22 @@ def measure_text(
         "test_tokens": batch.labels.numel(),
         "training_tokens": len(task.tokens["train"]),
     }
-    titles = ("Loss by iterations", "Convergence")
-    notes = {
-        titles[0]: "Nats per token and bits per byte of text on all test documents, in windows of "
-        f"{task.window} tokens. {default} iterations gain {(loss[0] - loss[at]).item():.3f} nats over one.",
-        titles[1]: "Mean over tokens of the distance between the states that leave an iteration and the one "
-        "before, relative to the state's norm; 16 test windows.",
+    tables = {
+        "Loss by iterations": (
+            pd.DataFrame({"iterations": shown, "loss": loss, "bits per byte": bits, "accuracy": right}),
+            "Nats per token and bits per byte of text on all test documents, in windows of "
+            f"{task.window} tokens. {default} iterations gain {(loss[0] - loss[at]).item():.3f} nats over one.",
+        ),
+        "Convergence": _settling(steps, shown, "windows"),
     }
-    samples = {prompt: continued(model, task, prompt) for prompt in prompts}
-    return Measurements(numbers, dict(zip(titles, (table, settling), strict=True)), notes, samples)
+    return _measurements(numbers, tables, {prompt: continued(model, task, prompt) for prompt in prompts})
 
 
-def continued(model: LoopedTransformer, task: Task, prompt: str, *, tokens: int = 24) -> str:
-    """The model's own greedy continuation of a prompt."""
+def continued(model: LoopedTransformer, task: Task, prompt: str) -> str:
+    """The model's own greedy continuation of a prompt, 24 tokens at most."""
     end = task.tokenizer.bos_token_id
     ids = torch.tensor([[end, *task.tokenizer(prompt)["input_ids"]]])
-    for _ in range(tokens):
+    for _ in range(24):
         following = model(ids, use_cache=False).logits[:, -1:].argmax(-1)
         if following.item() == end:
             break

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from loop_lens.training.recipes.card import write_card
@@ -12,7 +11,7 @@ from loop_lens.training.trainer import train
 
 
 def build(recipe: Recipe, folder: Path, *, seed: int = 0, progress: bool = True) -> TrainingResult:
-    """Train a recipe's model from nothing, or go on where a killed run of the same folder stopped.
+    """Train a recipe's model from nothing, or go on where a killed run of the same folder stopped; then measure it.
 
     Args:
         recipe: What to make.
@@ -20,20 +19,8 @@ def build(recipe: Recipe, folder: Path, *, seed: int = 0, progress: bool = True)
         seed: Seed of weights and training.
         progress: Whether to show a progress bar.
     """
-    task = recipe.task()
-    result = train(
-        recipe.untrained(task, seed), task, recipe.training(seed), folder=folder, progress=progress
-    )
-    finish(recipe, result, folder / "model", seed=seed)
-    return result
-
-
-def finish(recipe: Recipe, result: TrainingResult, folder: Path, *, seed: int) -> None:
-    """Measure a trained model and write its card; its folder must hold the model already."""
+    task, training = recipe.task(), recipe.training(seed)
+    result = train(recipe.untrained(task, seed), task, training, folder=folder, progress=progress)
     measured = recipe.measure(result.model, recipe.task())
-    write_card(folder, recipe, result.model, measured, result, seed)
-
-
-def ship(folder: Path, to: Path) -> None:
-    """Copy a finished model folder to where the package keeps its own."""
-    shutil.copytree(folder, to, dirs_exist_ok=True)
+    write_card(folder / "model", recipe, result.model, measured, result, seed)
+    return result
