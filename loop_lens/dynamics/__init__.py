@@ -1,4 +1,16 @@
-"""Dynamics of the loop: where trajectories go, and how an iteration acts near them."""
+"""Dynamics of the loop: where trajectories go, and how an iteration acts near them.
+
+Every measure is a function, and a probe that can share a run with others (`loop_lens.measuring.measure`). All take
+
+- ``model``: the model, at the number of iterations to measure;
+- ``prompts``: texts, tokens or a dataset, of any lengths, see `loop_lens.prompts.read_prompts`;
+- ``segment``: the loop; the innermost by default;
+- ``batch_size``: prompts a forward, and ``progress``: whether to show a progress bar, for work beyond two seconds;
+
+and raise ValueError if there are no prompts or too few iterations, and `loop_lens.measuring.DivergedError` if a value
+becomes NaN or infinite, naming the first that does. Lengths, distances and cosines are computed in float64, and those
+that a vector of zeros leaves undefined are left out of means.
+"""
 
 from loop_lens.dynamics.attention import AttentionSettling, AttentionSettlingProbe, attention_settling
 from loop_lens.dynamics.bound import AttentionBound, AttentionBoundProbe, attention_bound

@@ -16,10 +16,10 @@ from loop_lens.dynamics.distances import DISTANCES, PER_QUERY, require_distances
 from loop_lens.dynamics.states import LoopMeasured, LoopProbe, layer_of
 from loop_lens.figures.canvas import new_figure
 from loop_lens.figures.heatmap import draw_heatmap
+from loop_lens.measuring.collecting import measured
 from loop_lens.measuring.moments import Collector, Moments
-from loop_lens.measuring.processes import shared
 from loop_lens.measuring.results import merged
-from loop_lens.measuring.run import measure
+from loop_lens.measuring.vectors import lengths
 from loop_lens.prompts.reader import Batch
 from loop_lens.unrolling.sites import Site
 
@@ -190,19 +190,10 @@ def _first_settled(over: Tensor, *, closed: bool) -> Tensor:
     return torch.where(never, float("nan"), first)
 
 
-class AttentionSettlingProbe(LoopProbe):
-    """Measures `AttentionSettling` in a run of `loop_lens.measuring.measure`.
+class AttentionSettlingProbe(LoopProbe[AttentionSettling]):
+    """Measures `AttentionSettling` in a run of `loop_lens.measuring.measure`; options as in `attention_settling`.
 
-    Args:
-        model: The model, at the number of iterations to measure.
-        reference: As in `attention_settling`; the same must be given to ``measure``.
-        tolerance: As in `attention_settling`.
-        metric: As in `attention_settling`.
-        metrics: As in `attention_settling`.
-        segment: As in `attention_settling`.
-
-    Raises:
-        ValueError: If the loop runs once only, or a metric is unknown.
+    The reference must be given to ``measure``, too.
 
     Example:
         >>> from loop_lens.dynamics import AttentionSettlingProbe
@@ -232,61 +223,54 @@ class AttentionSettlingProbe(LoopProbe):
         self.reference, self.tolerance, self.metric = reference, tolerance, metric
         self._eps = torch.finfo(next(model.original_model.parameters()).dtype).eps
         self._heads = int(model.cfg.n_heads)
-        self.names = ["norm", *(f"{metric}_step" for metric in self.metrics)]
+        names = ["norm", *(f"{metric}_step" for metric in self.metrics)]
         if reference:
-            self.names += [f"{metric}_distance" for metric in self.metrics]
+            names += [f"{metric}_distance" for metric in self.metrics]
         axes = {"iteration": self.iterations, "layer": range(self.n_layers), "head": range(self._heads)}
-        self._collector = Collector(self.names, axes)
+        self.collectors = (Collector(names, axes),)
         self._settled = torch.zeros(len(self.iterations), self.n_layers, self._heads, dtype=torch.float64)
         self._prompts = 0
-        self._before: dict[int, Tensor] = {}
-        self._reference: dict[int, Tensor] = {}
 
     def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
         """Start a batch."""
         require_two_tokens(batch.lengths, batch.index)
-        n, device = len(batch.tokens), batch.tokens.device
-        self._mask = batch.mask
-        self._collector.begin(n, device)
-        self._before = {}
-        self._reference = {layer_of(site): value for site, value in reference.items()}
-        self._moved = torch.zeros(self.n_layers, self._heads, n, device=device)
+        super().begin(batch, reference)
+        self._ends = {layer_of(site): value for site, value in reference.items()}
+        self._moved = torch.zeros(self.n_layers, self._heads, len(batch.tokens), device=batch.tokens.device)
 
-    def see(self, site: Site, value: Tensor) -> None:
+    def take(self, site: Site, value: Tensor) -> None:
         """Compare with the iteration before, and with the reference."""
-        i, layer = self._row[site.iteration], layer_of(site)
-        self._put("norm", (i, layer), value.float().norm(dim=-1), whole=True)
-        before = self._before.get(layer)
-        if before is not None:
-            self._compare("step", (i, layer), value, before)
-        self._before[layer] = value
-        if layer in self._reference:
-            self._compare("distance", (i, layer), value, self._reference[layer])
+        layer = layer_of(site)
+        cell = self._row[site.iteration], layer
+        self._add("norm", cell, lengths(value), whole=True)
+        if layer in self.before:
+            self._compare("step", cell, value, self.before[layer])
+        self.before[layer] = value
+        if layer in self._ends:
+            self._compare("distance", cell, value, self._ends[layer])
 
     def _compare(self, of: str, cell: tuple[int, int], value: Tensor, other: Tensor) -> None:
         for metric in self.metrics:
             rows = PER_QUERY[metric](value, other)
-            each = self._put(f"{metric}_{of}", cell, rows, whole=metric == "frobenius")
+            each = self._add(f"{metric}_{of}", cell, rows, whole=metric == "frobenius")
             if of == "step" and metric == self.metric:
                 self._moved[cell[1]][self.tolerance < each.T] = cell[0]
 
-    def _put(self, name: str, cell: tuple[int, int], rows: Tensor, *, whole: bool) -> Tensor:
+    def _add(self, name: str, cell: tuple[int, int], rows: Tensor, *, whole: bool) -> Tensor:
         """Collect values of each query [prompt head query]; returns each prompt's own [prompt head]."""
-        metric = self.names.index(name)
-        here = slice(metric, metric + 1)
-        real = rows.masked_fill(~self._mask[:, None], 0.0)
+        real = rows.masked_fill(~self.mask[:, None], 0.0)
         if whole:
-            each = real.norm(dim=-1)
-            self._collector.put(here, cell, each.T.unsqueeze(0))
+            each = lengths(real)
+            self.put(cell, {name: each.T})
         else:
-            each = real.sum(-1) / self._mask.sum(-1, keepdim=True)
-            self._collector.put(here, cell, real.transpose(0, 1).unsqueeze(0), self._mask)
+            each = real.sum(-1) / self.mask.sum(-1, keepdim=True)
+            self.put(cell, {name: real.transpose(0, 1)}, self.mask)
         return each
 
     def end(self) -> None:
         """Add the batch up."""
-        self._before, self._reference = {}, {}
-        self._collector.end()
+        self._ends = {}
+        super().end()
         last = len(self.iterations) - 1
         moved = self._moved.cpu()
         settled = moved.masked_fill(moved == last, torch.inf)  # after the last iteration nobody can tell
@@ -296,16 +280,8 @@ class AttentionSettlingProbe(LoopProbe):
 
     def result(self) -> AttentionSettling:
         """What was measured so far, by this process."""
-        return AttentionSettling(
-            segment=self.segment,
-            reference=self.reference,
-            tolerance=self.tolerance,
-            metric=self.metric,
-            eps=self._eps,
-            prompts=self._prompts,
-            settled_prompts=self._settled.clone(),
-            moments=self._collector.moments(),
-        )
+        about = (self.segment, self.reference, self.tolerance, self.metric, self._eps)
+        return AttentionSettling(*about, self.collectors[0].moments(), self._prompts, self._settled.clone())
 
 
 def attention_settling(
@@ -320,7 +296,7 @@ def attention_settling(
     batch_size: int = 8,
     progress: bool = True,
 ) -> AttentionSettling:
-    """Measure, while the model runs, how each head's pattern moves from iteration to iteration.
+    """Measure how each head's pattern moves from iteration to iteration.
 
     Per head, layer and iteration: the pattern's Frobenius ``norm``; ``frobenius_step``,
     ``total_variation_step`` and ``jensen_shannon_step`` to the iteration before, and ``..._distance`` to the
@@ -328,22 +304,16 @@ def attention_settling(
     the whole pattern. Two patterns a layer are kept, whatever the number of iterations.
 
     Args:
-        model: The model, at the number of iterations to measure.
-        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.prompts.read_prompts`.
         reference: Number of iterations whose last patterns are the reference, at or beyond what is measured.
         tolerance: The step at which a head has settled on a prompt. The default is a hundredth of a
             query's attention moving per iteration; other tolerances for the means can be tried afterwards, see
             `AttentionSettling.settled`.
         metric: The distance that the tolerance is of.
         metrics: Which distances to measure; Jensen-Shannon costs the most.
-        segment: The loop; the innermost by default.
-        batch_size: Prompts a forward.
-        progress: Whether to show a progress bar, for work beyond two seconds.
 
     Raises:
-        ValueError: If there are no prompts, a prompt has one token, there are fewer than two iterations, the
-            reference is less than what is measured, or the model has no attention patterns.
-        DivergedError: If patterns become NaN; names the first iteration.
+        ValueError: If a prompt has one token, there are fewer than two iterations, the reference is less than
+            what is measured, or the model has no attention patterns.
 
     Example:
         >>> settling = loop_lens.dynamics.attention_settling(model, prompts, tolerance=0.02)
@@ -357,13 +327,5 @@ def attention_settling(
     probe = AttentionSettlingProbe(
         model, reference=reference, tolerance=tolerance, metric=metric, metrics=metrics, segment=segment
     )
-    measure(
-        model,
-        prompts,
-        [probe],
-        reference=reference,
-        batch_size=batch_size,
-        progress=progress,
-        what="attention",
-    )
-    return shared(probe.result())
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "what": "attention"}
+    return measured(model, prompts, probe, reference=reference, **options)

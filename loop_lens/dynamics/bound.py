@@ -36,12 +36,12 @@ from torch import Tensor
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics.distances import frobenius_rows, require_two_tokens, total_variation
 from loop_lens.dynamics.scores import head_norms
-from loop_lens.dynamics.states import LoopMeasured, LoopProbe, layer_of
+from loop_lens.dynamics.states import LoopMeasured, LoopProbe, layer_of, named
 from loop_lens.figures.lines import line_figure
+from loop_lens.measuring.collecting import measured
 from loop_lens.measuring.moments import Collector, Moments
-from loop_lens.measuring.processes import shared
 from loop_lens.measuring.results import merged
-from loop_lens.measuring.run import measure
+from loop_lens.measuring.vectors import distances, lengths
 from loop_lens.prompts.reader import Batch
 from loop_lens.unrolling.sites import Site
 
@@ -102,7 +102,7 @@ class AttentionBound(LoopMeasured):
         """The worst ratio of any head against the iteration, one line per layer; not shown."""
         worst = self._worst(ratio).amax(-1)
         return line_figure(
-            {f"layer {layer}": values for layer, values in zip(self.layers, worst.T, strict=True)},
+            {named(layer): values for layer, values in zip(self.layers, worst.T, strict=True)},
             ylabel=f"step / {ratio.replace('ratio', 'bound')}",
             at=range(1, len(worst) + 1),
             level=(1.0, "the bound"),
@@ -118,15 +118,8 @@ class _Seen(NamedTuple):
     sizes: Tensor
 
 
-class AttentionBoundProbe(LoopProbe):
-    """Measures `AttentionBound` in a run of `loop_lens.measuring.measure`.
-
-    Args:
-        model: The model, at the number of iterations to measure.
-        segment: The loop; the innermost by default.
-
-    Raises:
-        ValueError: If the loop runs once only, or the bound does not apply to this attention.
+class AttentionBoundProbe(LoopProbe[AttentionBound]):
+    """Measures `AttentionBound` in a run of `loop_lens.measuring.measure`; options as in `attention_bound`.
 
     Example:
         >>> from loop_lens.dynamics import AttentionBoundProbe
@@ -145,98 +138,82 @@ class AttentionBoundProbe(LoopProbe):
         self._norms = [head_norms(getattr(model.blocks[f.index], "attn", None)) for f in first]
         self.rotary = getattr(model.cfg, "positional_embedding_type", None) not in _UNTURNED
         # Rotary embeddings made for longer contexts also stretch what they turn.
-        stretch = max(
-            (float(getattr(m, "attention_scaling", 1.0)) for m in model.original_model.modules()), default=1.0
-        )
-        factor = stretch**2 if self.rotary else 1.0
+        stretches = [float(getattr(m, "attention_scaling", 1.0)) for m in model.original_model.modules()]
+        factor = max(stretches) ** 2 if self.rotary else 1.0
         self.kappa = torch.stack([norms.kappa for norms in self._norms]) * factor
         self.kappa_product = torch.stack([norms.product for norms in self._norms]) * factor
         self._heads = self.kappa.shape[1]
         axes = {"iteration": self.iterations, "layer": range(self.n_layers), "head": range(self._heads)}
-        self._collector = Collector(_METRICS, axes)
+        self.collectors = (Collector(_METRICS, axes),)
         shape = (len(self.iterations), self.n_layers, self._heads)
         self.worst = {name: torch.full(shape, float("nan"), dtype=torch.float64) for name in RATIOS}
-        self._inputs: dict[int, Tensor] = {}
-        self._before: dict[int, _Seen] = {}
 
     def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
         """Start a batch."""
         require_two_tokens(batch.lengths, batch.index)
-        self._mask = batch.mask
-        self._collector.begin(len(batch.tokens), batch.tokens.device)
-        self._inputs, self._before = {}, {}
+        super().begin(batch, reference)
+        self._inputs: dict[int, Tensor] = {}
 
-    def see(self, site: Site, value: Tensor) -> None:
+    def take(self, site: Site, value: Tensor) -> None:
         """Note the input; at the pattern, compare with the iteration before."""
         layer = layer_of(site)
         if site.short != "pattern":
-            self._inputs[layer] = value.float().masked_fill(~self._mask.unsqueeze(-1), 0.0)
+            self._inputs[layer] = value.masked_fill(~self.mask.unsqueeze(-1), 0.0)
             return
         x = self._inputs.pop(layer)
         seen = _Seen(value, x, self._sizes(x, self._norms[layer].biased))
         cell = (self._row[site.iteration], layer)
-        self._collector.put(slice(0, 1), cell, seen.sizes[1].expand(1, self._heads, -1))
-        if layer in self._before:
-            self._compare(cell, seen, self._before[layer])
-        self._before[layer] = seen
+        self.put(cell, {"input_norm": seen.sizes[1].expand(self._heads, -1)})
+        if layer in self.before:
+            self._compare(cell, seen, self.before[layer])
+        self.before[layer] = seen
 
     def _sizes(self, x: Tensor, biased: bool) -> Float[Tensor, "3 prompt"]:
         """Spectral norm, Frobenius norm and longest token of each prompt's input."""
-        if biased:
-            x = torch.cat([x, self._mask.unsqueeze(-1).float()], dim=-1)
         wide = x.double()
+        if biased:
+            wide = torch.cat([wide, self.mask.unsqueeze(-1).double()], dim=-1)
         gram = wide @ wide.mT if wide.shape[1] < wide.shape[2] else wide.mT @ wide
-        # NaN, which it cannot take, is reported from the other two.
+        # NaN, which it cannot take, is reported when the batch is over.
         spectral = torch.linalg.eigvalsh(gram.nan_to_num(0.0, 0.0, 0.0))[:, -1].clamp_min(0).sqrt()
-        rows = wide.norm(dim=-1)
-        return torch.stack([spectral, rows.norm(dim=-1), rows.amax(-1)])
+        rows = lengths(wide)
+        return torch.stack([spectral, lengths(rows), rows.amax(-1)])
 
     def _compare(self, cell: tuple[int, int], now: _Seen, before: _Seen) -> None:
         layer, device = cell[1], now.x.device
-        gaps = (now.x - before.x).double().norm(dim=-1)
+        gaps = distances(now.x, before.x)
         spectral, frobenius, longest = torch.maximum(now.sizes, before.sizes)
         kappa, product = self.kappa[layer].to(device), self.kappa_product[layer].to(device)
         proven_kappa, proven_size = (product, frobenius) if self.rotary else (kappa, spectral)
-        shared_factor = LIPSCHITZ * 2 * self._norms[layer].scale
-        gap = shared_factor * gaps.norm(dim=-1)
+        factor = LIPSCHITZ * 2 * self._norms[layer].scale
+        gap = factor * lengths(gaps)
         bound = proven_kappa[:, None] * proven_size * gap
         stated = kappa[:, None] * spectral * gap
-        by_row = proven_kappa[:, None] * longest * shared_factor * gaps.amax(-1)
-        padding = ~self._mask[:, None]
+        by_row = proven_kappa[:, None] * longest * factor * gaps.amax(-1)
+        padding = ~self.mask[:, None]
         moved = frobenius_rows(now.pattern, before.pattern).masked_fill(padding, 0.0)
-        measured = moved.norm(dim=-1).T.double()
+        step = lengths(moved).T
         shifted = total_variation(now.pattern, before.pattern).masked_fill(padding, 0.0)
         rows = shifted.amax(-1).T.double()
         # Rounding moves attention even where nothing else does, and no bound on exact numbers allows for it.
         eps = torch.finfo(now.pattern.dtype).eps
-        size = now.pattern.float().masked_fill(padding.unsqueeze(-1), 0.0).norm(dim=(-2, -1))
-        floor = eps * size.T.double()
-        ratios = (
-            measured / torch.maximum(bound, floor),
-            measured / torch.maximum(stated, floor),
-            rows / by_row.clamp_min(eps),
-        )
-        values = torch.stack([measured, bound, stated, rows, by_row, *ratios])
-        self._collector.put(slice(1, None), cell, values)
-        for name, ratio in zip(RATIOS, ratios, strict=True):
+        floor = eps * lengths(lengths(now.pattern).masked_fill(padding, 0.0)).T
+        ratios = {
+            "ratio": step / torch.maximum(bound, floor),
+            "stated_ratio": step / torch.maximum(stated, floor),
+            "row_ratio": rows / by_row.clamp_min(eps),
+        }
+        bounds = {"measured": step, "bound": bound, "stated_bound": stated}
+        self.put(cell, {**bounds, "row_measured": rows, "row_bound": by_row, **ratios})
+        for name, ratio in ratios.items():
             place = self.worst[name][cell]
             place.copy_(torch.fmax(place, ratio.amax(-1).cpu()))
 
-    def end(self) -> None:
-        """Add the batch up."""
-        self._inputs, self._before = {}, {}
-        self._collector.end()
-
     def result(self) -> AttentionBound:
         """What was measured so far, by this process."""
-        return AttentionBound(
-            segment=self.segment,
-            rotary=self.rotary,
-            kappa=self.kappa,
-            kappa_product=self.kappa_product,
-            worst={name: value.clone() for name, value in self.worst.items()},
-            moments=self._collector.moments(),
-        )
+        worst = {name: value.clone() for name, value in self.worst.items()}
+        about = (self.segment, self.rotary, self.kappa, self.kappa_product)
+        return AttentionBound(*about, self.collectors[0].moments(), worst)
 
 
 def attention_bound(
@@ -247,7 +224,7 @@ def attention_bound(
     batch_size: int = 8,
     progress: bool = True,
 ) -> AttentionBound:
-    """Measure each head's step against what Proposition 4.2 allows, while the model runs.
+    """Measure each head's step against what Proposition 4.2 allows; see the module for the proof.
 
     Per head, layer and iteration:
 
@@ -259,23 +236,12 @@ def attention_bound(
     - ``ratio``, ``stated_ratio``, ``row_ratio``: measured / bound, where a bound below the rounding of the pattern
       counts as that rounding (in narrow dtypes the scores' own rounding can exceed it).
 
-    See the module for the proof.
-
     The input is what enters the attention's projections (``attn.hook_in``): behind the block's first norm where the
     family norms before attention, the stream itself where it norms the branch alone.
 
-    Args:
-        model: The model, at the number of iterations to measure.
-        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.prompts.read_prompts`.
-        segment: The loop; the innermost by default.
-        batch_size: Prompts a forward.
-        progress: Whether to show a progress bar, for work beyond two seconds.
-
     Raises:
         ValueError: If the model norms queries and keys or its attention is not bilinear in its input, as the bound
-            supposes; if there are no prompts, a prompt has one token, there are fewer than two iterations, or the model
-            has no attention patterns.
-        DivergedError: If values become NaN; names the first iteration.
+            supposes; if a prompt has one token, there are fewer than two iterations, or no attention patterns.
 
     Example:
         >>> bound = loop_lens.dynamics.attention_bound(model, prompts)
@@ -287,5 +253,4 @@ def attention_bound(
         embeddings or biases; these are added here.
     """
     probe = AttentionBoundProbe(model, segment=segment)
-    measure(model, prompts, [probe], batch_size=batch_size, progress=progress, what="attention bound")
-    return shared(probe.result())
+    return measured(model, prompts, probe, batch_size=batch_size, progress=progress, what="attention bound")

@@ -11,18 +11,14 @@ from torch import Tensor
 
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics.states import LoopMeasured, LoopProbe, layer_of
-from loop_lens.figures.lines import line_figure
+from loop_lens.measuring.collecting import measured
 from loop_lens.measuring.moments import Collector, Moments
-from loop_lens.measuring.processes import shared
-from loop_lens.measuring.run import measure
+from loop_lens.measuring.vectors import cosines, distances, lengths, ratios
 from loop_lens.prompts.reader import Batch
 from loop_lens.unrolling.sites import Site
 
-STREAM = ("norm", "floor")
 STEP = ("step", "relative_step", "step_cosine")
 REFERRED = ("distance", "relative_distance", "cosine")
-DEGENERATE = ("degeneracy_cosine", "degeneracy_distance")
-_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -50,35 +46,14 @@ class Convergence(LoopMeasured):
 
     def plot(self, metric: str = "relative_step") -> Any:
         """One line per layer against the iteration, one prompt spread around it; a figure, not shown."""
-        values, spread = self.mean(metric), self.std(metric, over="prompts")
-        log, high = "cosine" not in metric, values + spread
-        # On a logarithmic axis the band is as wide below as above, so that it never falls to zero.
-        low = values**2 / high if log else values - spread
-        names = [f"layer {layer}" for layer in self.layers]
-        lines = dict(zip(names, values.T, strict=True))
-        if metric in ("step", "distance"):
-            lines["rounding"] = self.mean("floor")[:, 0]
-        return line_figure(
-            lines,
-            ylabel=metric,
-            bands=dict(zip(names, zip(low.T, high.T, strict=True), strict=True)),
-            styles={"rounding": {"color": "gray", "linestyle": ":"}},
-            log=log,
-        )
+        more = {"rounding": self.mean("floor")[:, 0]} if metric in ("step", "distance") else None
+        return self._by_layer(metric, more, log="cosine" not in metric)
 
 
-class ConvergenceProbe(LoopProbe):
-    """Measures `Convergence` in a run of `loop_lens.measuring.measure`.
+class ConvergenceProbe(LoopProbe[Convergence]):
+    """Measures `Convergence` in a run of `loop_lens.measuring.measure`; options as in `convergence`.
 
-    Args:
-        model: The model, at the number of iterations to measure.
-        reference: As in `convergence`; the same must be given to ``measure``, unless states are kept.
-        patterns: Whether to measure attention, too.
-        segment: The loop; the innermost by default.
-        keep: Whether to keep all states of a batch, see `convergence`.
-
-    Raises:
-        ValueError: If the loop runs once only, or states are kept for a reference beyond what runs.
+    The reference must be given to ``measure``, too, unless states are kept.
 
     Example:
         >>> from loop_lens.dynamics import ConvergenceProbe
@@ -106,103 +81,71 @@ class ConvergenceProbe(LoopProbe):
         super().__init__(model, segment=segment, least=2, what="convergence")
         self.reference, self._keep = reference, keep
         self.hooks = ("resid_post", "pattern") if patterns else ("resid_post",)
-        self._slices: dict[str, slice] = {}
-        names: list[str] = []
-        groups: list[tuple[str, tuple[str, ...]]] = [
-            ("stream", STREAM),
-            ("step", STEP),
-            ("matrix_step", ("matrix_step",)),
-        ]
+        names = ["norm", "floor", *STEP, "matrix_step"]
         if reference:
-            groups += [
-                ("distance", REFERRED),
-                ("matrix_distance", ("matrix_distance",)),
-                ("degeneracy", DEGENERATE),
-            ]
+            names += [*REFERRED, "matrix_distance", "degeneracy_cosine", "degeneracy_distance"]
         if patterns:
-            groups.append(("pattern_step", ("pattern_step",)))
-            if reference:
-                groups.append(("pattern_distance", ("pattern_distance",)))
-        for group, metrics in groups:
-            self._slices[group] = slice(len(names), len(names) + len(metrics))
-            names += metrics
+            names += ["pattern_step", "pattern_distance"] if reference else ["pattern_step"]
         axes = {"iteration": self.iterations, "layer": range(self.n_layers)}
-        self._collector = Collector(names, axes)
-        self._before: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-        self._reference: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-        self._kept: list[tuple[str, tuple[int, int], Tensor, Tensor]] = []
+        self.collectors = (Collector(names, axes),)
 
     def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
         """Start a batch."""
-        self._mask = batch.mask
-        self._collector.begin(len(batch.tokens), batch.tokens.device)
-        self._before = {}
-        self._reference = {}
-        for site, value in reference.items():
-            wide = value.float()
-            self._reference[site.short, layer_of(site)] = (wide, wide.norm(dim=-1))
+        super().begin(batch, reference)
+        self._ends = {(site.short, layer_of(site)): value for site, value in reference.items()}
+        self._kept: list[tuple[Site, Tensor]] = []
 
-    def see(self, site: Site, value: Tensor) -> None:
+    def take(self, site: Site, value: Tensor) -> None:
         """Compare with the iteration before, and with the reference."""
-        hook, cell = site.short, (self._row[site.iteration], layer_of(site))
-        x = value.float()
-        norm = x if hook == "pattern" else x.norm(dim=-1)
-        if hook == "resid_post":
-            self._put("stream", cell, torch.stack([norm, norm * torch.finfo(value.dtype).eps]))
-        before = self._before.get((hook, cell[1]))
-        if before is not None:
-            self._compare(f"{'pattern_' if hook == 'pattern' else ''}step", cell, x, norm, before)
-        self._before[hook, cell[1]] = (x, norm)
+        place = site.short, layer_of(site)
+        if site.short == "resid_post":
+            norm = lengths(value)
+            floor = norm * torch.finfo(value.dtype).eps
+            self.put(self._cell(site), {"norm": norm, "floor": floor}, self.mask)
+        if place in self.before:
+            self._compare(site, value, self.before[place], STEP)
+        self.before[place] = value
         if self._keep:
-            self._kept.append((hook, cell, x, norm))
+            self._kept.append((site, value))
         else:
-            self._refer(hook, cell, x, norm)
+            self._refer(site, value)
 
-    def _refer(self, hook: str, cell: tuple[int, int], x: Tensor, norm: Tensor) -> None:
-        reference = self._reference.get((hook, cell[1]))
-        if reference is None:
+    def _cell(self, site: Site) -> tuple[int, int]:
+        return self._row[site.iteration], layer_of(site)
+
+    def _refer(self, site: Site, value: Tensor) -> None:
+        if (end := self._ends.get((site.short, layer_of(site)))) is None:
             return
-        self._compare(f"{'pattern_' if hook == 'pattern' else ''}distance", cell, x, norm, reference)
-        if hook == "resid_post" and cell[1] == 0:
-            self._put("degeneracy", cell, self._degeneracy(x, norm))
+        self._compare(site, value, end, REFERRED)
+        if site.short == "resid_post" and site.layer == 0:
+            ends = [end for (hook, _), end in self._ends.items() if hook == "resid_post"]
+            cosine = torch.stack([cosines(value, end) for end in ends]).amin(0)
+            distance = torch.stack([distances(value, end) for end in ends]).amax(0)
+            farthest = {"degeneracy_cosine": cosine, "degeneracy_distance": distance}
+            self.put(self._cell(site), farthest, self.mask)
 
-    def _compare(
-        self, group: str, cell: tuple[int, int], x: Tensor, norm: Tensor, other: tuple[Tensor, Tensor]
-    ) -> None:
-        far = (x - other[0]).norm(dim=-1)
-        if group.startswith("pattern"):
-            rows = far * self._mask[:, None]
-            self._collector.put(self._slices[group], cell, rows.norm(dim=-1).unsqueeze(0))
+    def _compare(self, site: Site, value: Tensor, other: Tensor, metrics: tuple[str, str, str]) -> None:
+        cell, far = self._cell(site), distances(value, other)
+        if site.short == "pattern":
+            whole = lengths(far.masked_fill(~self.mask[:, None], 0.0))
+            self.put(cell, {f"pattern_{metrics[0]}": whole})
             return
-        cosine = torch.linalg.vecdot(x, other[0]) / (norm * other[1]).clamp_min(_TINY)
-        self._put(group, cell, torch.stack([far, far / norm.clamp_min(_TINY), cosine]))
-        whole = (far * self._mask).norm(dim=-1)
-        self._collector.put(self._slices[f"matrix_{group}"], cell, whole[None, :, None])
-
-    def _degeneracy(self, x: Tensor, norm: Tensor) -> Tensor:
-        cosines: list[Tensor] = []
-        gaps: list[Tensor] = []
-        for (hook, _), (last, last_norm) in self._reference.items():
-            if hook == "resid_post":
-                cosines.append(torch.linalg.vecdot(x, last) / (norm * last_norm).clamp_min(_TINY))
-                gaps.append((x - last).norm(dim=-1))
-        return torch.stack([torch.stack(cosines).amin(0), torch.stack(gaps).amax(0)])
-
-    def _put(self, group: str, cell: tuple[int, int], values: Tensor) -> None:
-        self._collector.put(self._slices[group], cell, values, self._mask)
+        numbers = far, ratios(far, lengths(value)), cosines(value, other)
+        self.put(cell, dict(zip(metrics, numbers, strict=True)), self.mask)
+        self.put(cell, {f"matrix_{metrics[0]}": lengths(far.masked_fill(~self.mask, 0.0))})
 
     def end(self) -> None:
         """Add the batch up."""
         if self._keep:
-            self._reference = dict(self._before)
-            for kept in self._kept:
-                self._refer(*kept)
-        self._before, self._reference, self._kept = {}, {}, []
-        self._collector.end()
+            self._ends = self.before
+        for site, value in self._kept:
+            self._refer(site, value)
+        self._ends, self._kept = {}, []
+        super().end()
 
     def result(self) -> Convergence:
         """What was measured so far, by this process."""
-        return Convergence(self.segment, self.reference, self._collector.moments())
+        return Convergence(self.segment, self.reference, self.collectors[0].moments())
 
 
 def convergence(
@@ -216,7 +159,7 @@ def convergence(
     batch_size: int = 8,
     progress: bool = True,
 ) -> Convergence:
-    """Measure, while the model runs, how each layer settles over iterations.
+    """Measure how each layer settles over iterations.
 
     Per token: ``norm`` of a block's output, ``step`` to the iteration before (raw norm, relative to the
     later state, cosine), ``distance`` and ``cosine`` to the reference, ``floor``, the rounding of the
@@ -226,22 +169,15 @@ def convergence(
     iteration back and the reference are kept, so memory does not grow with the number of iterations.
 
     Args:
-        model: The model, at the number of iterations to measure.
-        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.prompts.read_prompts`.
         reference: Number of iterations whose last states are the reference, e.g. 128: at or beyond
             what is measured, so that the measured range does not end at 0 by construction. Without one,
             steps alone.
         patterns: Whether to measure attention, too.
-        segment: The loop; the innermost by default.
         keep: Whether to keep all states and patterns of a batch, when the reference is the last iteration
             measured: half the time, but memory that grows with the number of iterations.
-        batch_size: Prompts a forward.
-        progress: Whether to show a progress bar, for work beyond two seconds.
 
     Raises:
-        ValueError: If there are no prompts, fewer than two iterations, or the reference is less than what is
-            measured.
-        DivergedError: If states become NaN or infinite; names the iteration.
+        ValueError: If there are fewer than two iterations, or the reference is less than what is measured.
 
     Source:
         arXiv 2604.11791, M1 to M6 and M9; the relative step and the floor are additions.
@@ -253,13 +189,5 @@ def convergence(
         [nan, 0.66, 0.44, 0.31, 0.2, 0.12, 0.1, 0.07]
     """
     probe = ConvergenceProbe(model, reference=reference, patterns=patterns, segment=segment, keep=keep)
-    measure(
-        model,
-        prompts,
-        [probe],
-        reference=None if keep else reference,
-        batch_size=batch_size,
-        progress=progress,
-        what="convergence",
-    )
-    return shared(probe.result())
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "what": "convergence"}
+    return measured(model, prompts, probe, reference=None if keep else reference, **options)

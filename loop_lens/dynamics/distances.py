@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loop_lens.measuring.vectors import distances, wide
+
 _TINY = torch.finfo(torch.float32).tiny
-_EDGE = 1 - 2**-24  # the float32 below 1: where one probability is far above the other, 2e-6 is lost
 
 
 def total_variation(
@@ -29,7 +30,7 @@ def total_variation(
         >>> moved.shape, bool(moved[-1].max() < moved[0].max())
         (torch.Size([7, 1, 4, 11]), True)
     """
-    return (a.float() - b.float()).abs().sum(-1) / 2
+    return (wide(a) - wide(b)).abs().sum(-1) / 2
 
 
 def jensen_shannon(
@@ -49,9 +50,12 @@ def jensen_shannon(
         >>> round(jensen_shannon(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])).item(), 3)  # sqrt(ln 2)
         0.833
     """
-    a, b = a.float(), b.float()
+    a, b = wide(a), wide(b)
     both = a + b
-    d = ((a - b) / both.clamp_min(_TINY)).clamp(-_EDGE, _EDGE)
+    edge = (
+        1 - torch.finfo(a.dtype).eps / 2
+    )  # the number below 1: where one probability is far above, 2e-6 is lost
+    d = ((a - b) / both.clamp_min(_TINY)).clamp(-edge, edge)
     divergence = (both * (2 * d * d.atanh() + (-d * d).log1p())).sum(-1) / 4
     return divergence.clamp_min(0).sqrt()
 
@@ -59,13 +63,8 @@ def jensen_shannon(
 def frobenius_rows(
     a: Float[Tensor, "*lead query key"], b: Float[Tensor, "*lead query key"]
 ) -> Float[Tensor, "*lead query"]:
-    """Euclidean norm of each query's difference; their norm is the Frobenius norm of the pattern's.
-
-    Args:
-        a: Post-softmax attention.
-        b: The same of another firing.
-    """
-    return (a.float() - b.float()).norm(dim=-1)
+    """Euclidean norm of each query's difference; their norm is the Frobenius norm of the pattern's."""
+    return distances(a, b)
 
 
 PER_QUERY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

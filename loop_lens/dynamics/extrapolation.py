@@ -21,6 +21,7 @@ from loop_lens.measuring.moments import Collector, DivergedError, Measured, Mome
 from loop_lens.measuring.probe import Probe
 from loop_lens.measuring.processes import shared
 from loop_lens.measuring.run import batches_shown, measure
+from loop_lens.measuring.vectors import wide
 from loop_lens.prompts.reader import Batch
 from loop_lens.unrolling.sites import Site
 from loop_lens.unrolling.tree import Iteration
@@ -87,11 +88,7 @@ class Extrapolation(Measured):
 class ExtrapolationProbe(Probe):
     """Measures the predictions of `Extrapolation` in a run of `loop_lens.measuring.measure`.
 
-    Args:
-        model: The model, at the largest R or the reference, whichever is more.
-        recurrences: Which R, in order.
-        trained: The reference.
-        labels: As in `extrapolate`.
+    The model is at the largest R or the trained one, whichever is more; options are those of `extrapolate`.
 
     Example:
         >>> from loop_lens.dynamics import ExtrapolationProbe
@@ -112,8 +109,6 @@ class ExtrapolationProbe(Probe):
         self._collector = Collector(METRICS, {"recurrences": recurrences})
         self._loop = model.schedule.main_loop
         self._after: dict[Iteration, int] = {r - 1: r for r in (*recurrences, trained)}
-        self._pending: list[tuple[int, Tensor, Site]] = []
-        self._reference: Tensor | None = None
 
     def wants(self, site: Site) -> bool:
         """The states after some numbers of iterations."""
@@ -125,7 +120,9 @@ class ExtrapolationProbe(Probe):
         self._right = _labels_of(batch, self._labels)
         self.mask = self._right != IGNORED
         self._collector.begin(len(batch.tokens), batch.tokens.device)
-        self._pending, self._reference = [], None
+        self._pending: list[tuple[int, Tensor, Site]] = []
+        self._reference: Tensor | None = None
+        self.undefined = False
 
     def see(self, site: Site, value: Tensor) -> None:
         """Take a state, and read it out when the reference is known.
@@ -150,20 +147,16 @@ class ExtrapolationProbe(Probe):
     def compare(self, recurrences: int, logits: Float[Tensor, "token vocab"]) -> None:
         """Compare the logits of the labelled positions with the reference's, which come first."""
         if recurrences == self.trained:
-            self._reference = logits.float().log_softmax(-1)
-            if bool(self._reference.isnan().any()):
-                raise DivergedError(
-                    f"what is said after {self.trained} iterations is NaN, and everything is compared with it: give "
-                    "another trained=, or a wider dtype"
-                )
+            self._reference = wide(logits).log_softmax(-1)
+            self.undefined = bool(self._reference.isnan().any())
         cell = self._at.get(recurrences)
         if cell is None:
             return
         assert self._reference is not None, "the reference is read first"
         values = _compared(logits, self._right[self.mask], self._reference)
-        wide = values.new_zeros(len(METRICS), *self.mask.shape)
-        wide[:, self.mask] = values
-        self._collector.put(slice(None), (cell,), wide, self.mask)
+        whole = values.new_zeros(len(METRICS), *self.mask.shape)
+        whole[:, self.mask] = values
+        self._collector.put(slice(None), (cell,), whole, self.mask)
 
     def end(self) -> None:
         """Add the batch up."""
@@ -181,20 +174,20 @@ def _compared(
     reference: Float[Tensor, "token vocab"],
 ) -> Float[Tensor, "metric token"]:
     """The metrics of `METRICS`, a few rows at a time."""
-    metrics = torch.zeros(len(METRICS), len(logits), device=logits.device)
+    metrics = torch.zeros(len(METRICS), len(logits), dtype=reference.dtype, device=logits.device)
     size = max(1, CHUNK // (4 * logits.shape[-1]))
     for start in range(0, len(logits), size):
         rows = slice(start, start + size)
-        logprobs, expected = logits[rows].float().log_softmax(-1), reference[rows]
+        logprobs, expected = wide(logits[rows]).log_softmax(-1), reference[rows]
         top = logprobs.argmax(-1)
         metrics[0, rows] = -logprobs.gather(-1, right[rows, None]).squeeze(-1)
-        metrics[1, rows] = (top == right[rows]).float()
+        metrics[1, rows] = (top == right[rows]).to(metrics.dtype)
         # 0 log 0 is 0: a token that a logit of minus infinity rules out.
         metrics[2, rows] = (
             (expected.exp() * (expected - logprobs)).masked_fill(expected == -torch.inf, 0.0).sum(-1)
         )
         metrics[3, rows] = -(logprobs.exp() * logprobs).masked_fill(logprobs == -torch.inf, 0.0).sum(-1)
-        metrics[4, rows] = (top == expected.argmax(-1)).float()
+        metrics[4, rows] = (top == expected.argmax(-1)).to(metrics.dtype)
     metrics[2].clamp_min_(0)
     return metrics
 
@@ -258,19 +251,15 @@ def extrapolate(
     ``"euler"`` and ``"residual_scaled"``, whose iterations depend on R, each R is a run of its own.
 
     Args:
-        model: The model.
-        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.prompts.read_prompts`.
         recurrences: The numbers of iterations.
         labels: What is to be said at each of a prompt's own tokens, -100 where nothing counts: [prompt pos], or
             one sequence a prompt, in the prompts' order; behind the tokens, -100 alone. By
             default the prompt's own next token. (As for a loss on logits: already shifted, unlike what
             transformers takes.)
         trained: The number of iterations that the model was made for; by default the one it is set to.
-        batch_size: Prompts a forward.
-        progress: Whether to show a progress bar, for work beyond two seconds.
 
     Raises:
-        ValueError: If no R is above 1, a prompt has no token to predict, labels do not fit, or there are no prompts.
+        ValueError: If no R is above 1, a prompt has no token to predict, or labels do not fit.
         DivergedError: If states or what is said become NaN or infinite; names the first iteration or R.
 
     Source:
@@ -291,22 +280,38 @@ def extrapolate(
     trained = model.recurrences if trained is None else trained
     every = sorted({*wanted, trained})
     probe = ExtrapolationProbe(model, wanted, trained, labels)
-    if not reads_any_iteration(model):
-        _run_each(model, prompts, probe, [trained, *(r for r in every if r != trained)], batch_size, progress)
-        return shared(probe.result())
-    with model.at_recurrences(every[-1]):
+    moves = None
+    try:
+        if reads_any_iteration(model):
+            moves = _run_once(model, prompts, probe, every[-1], batch_size, progress)
+        else:
+            order = [trained, *(r for r in every if r != trained)]
+            _run_each(model, prompts, probe, order, batch_size, progress)
+    except DivergedError as error:
+        if not probe.undefined:
+            raise
+        said = f"what is said after {trained} iterations is NaN, and everything is compared with it"
+        raise DivergedError(f"{said}: {error}") from None
+    return shared(probe.result(moves))
+
+
+def _run_once(
+    model: HookedLoopedTransformer,
+    prompts: Any,
+    probe: ExtrapolationProbe,
+    recurrences: int,
+    batch_size: int,
+    progress: bool,
+) -> Convergence:
+    """One forward per batch, of the most iterations."""
+    with model.at_recurrences(recurrences):
         loop = model.schedule.main_loop
-        segment = loop if loop in model.schedule.segments else None
-        moves = ConvergenceProbe(model, patterns=False, segment=segment)
-        measure(
-            model,
-            prompts,
-            [moves, probe],  # in this order, so that the iteration that diverged is named
-            batch_size=batch_size,
-            progress=progress,
-            what="extrapolation",
+        moves = ConvergenceProbe(
+            model, patterns=False, segment=loop if loop in model.schedule.segments else None
         )
-    return shared(probe.result(moves.result()))
+        probes = [moves, probe]  # in this order, so that the iteration that diverged is named
+        measure(model, prompts, probes, batch_size=batch_size, progress=progress, what="extrapolation")
+    return moves.result()
 
 
 def _run_each(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +14,16 @@ from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics.limits import LEAST, LIMIT_KINDS, Of, limiting_behaviour, several
 from loop_lens.dynamics.states import Column, StateProbe, tidy
 from loop_lens.figures.canvas import new_figure
-from loop_lens.measuring.processes import shared
+from loop_lens.measuring.collecting import measured
 from loop_lens.measuring.results import Result, merged
-from loop_lens.measuring.run import measure
+from loop_lens.measuring.tables import grid_table
+from loop_lens.measuring.vectors import cosines, distances
 from loop_lens.prompts.reader import Batch
 from loop_lens.unrolling.sites import Site
 from loop_lens.unrolling.tree import Iteration
 
-_TINY = torch.finfo(torch.float32).tiny
 _MOVING = LIMIT_KINDS[1:]
+_COLUMNS = ("prompt", "position", "layer", "kind", "frequency", "amplitude", "gradient")
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,13 @@ class LimitTable(Result):
         """One row per n, tau, rho and layer (missing at the state): percent of tokens that are not fixed
         points, split by kind, and the means that describe orbits and sliders.
         """
-        rows: list[dict[str, Any]] = []
-        grid = itertools.product(*map(enumerate, (self.n, self.tau, self.rho, self.layers)))
-        for (a, n), (b, tau), (c, rho), (d, layer) in grid:
-            counts, sums = self.counts[a, b, c, d].tolist(), self.sums[a, b, c, d].tolist()
-            tokens = sum(counts)
-            row = {"n": n, "tau": tau, "rho": rho, "layer": layer, "tokens": tokens}
-            row["not_fixed"] = 100 * (tokens - counts[0]) / tokens
-            row |= {kind: 100 * count / tokens for kind, count in zip(_MOVING, counts[1:], strict=True)}
-            means = zip((counts[1], counts[1], counts[2]), sums, strict=True)
-            described = [total / count if count else float("nan") for count, total in means]
-            names = ("orbit_frequency", "orbit_amplitude", "slider_gradient")
-            rows.append(row | dict(zip(names, described, strict=True)))
-        return tidy(pd.DataFrame(rows))
+        axes = {"n": self.n, "tau": self.tau, "rho": self.rho, "layer": self.layers}
+        tokens, means = self.counts.sum(-1), self.sums / self.counts[..., [1, 1, 2]]
+        columns = {"tokens": tokens, "not_fixed": 100 * (tokens - self.counts[..., 0]) / tokens}
+        columns |= {kind: self.percent[..., 1 + k] for k, kind in enumerate(_MOVING)}
+        described = ("orbit_frequency", "orbit_amplitude", "slider_gradient")
+        columns |= {name: means[..., k] for k, name in enumerate(described)}
+        return tidy(grid_table(axes, columns))
 
     def moving_tokens(self) -> pd.DataFrame:
         """One row per token and layer (missing at the state) that is no fixed point at the first thresholds."""
@@ -111,22 +105,10 @@ class LimitTable(Result):
         return figure
 
 
-class LimitTableProbe(StateProbe):
-    """Measures a `LimitTable` in a run of `loop_lens.measuring.measure`.
+class LimitTableProbe(StateProbe[LimitTable]):
+    """Measures a `LimitTable` in a run of `loop_lens.measuring.measure`; options as in `limit_table`.
 
     It needs a reference run: to ``reference``, or to the number of iterations that is measured.
-
-    Args:
-        model: The model, at the number of iterations to measure.
-        n: Numbers of iterations, see `limit_table`.
-        tau: Tolerances.
-        rho: Shares.
-        of: Whether series are of cosines or of norms.
-        reference: Number of iterations whose last state the series are to.
-        segment: The loop; the innermost by default.
-
-    Raises:
-        ValueError: If an n is too small or not reached, or the reference comes before it.
 
     Example:
         >>> from loop_lens.dynamics import LimitTableProbe
@@ -172,7 +154,7 @@ class LimitTableProbe(StateProbe):
         shape = (len(self.n), len(self.tau), len(self.rho), len(self.columns))
         self._counts = torch.zeros(*shape, len(LIMIT_KINDS), dtype=torch.int64)
         self._sums = torch.zeros(*shape, 3, dtype=torch.float64)
-        self._moving: list[dict[str, Tensor]] = []
+        self._moving = [torch.zeros(len(_COLUMNS), 0, dtype=torch.float64)]
 
     def refers_to(self, site: Site, *, last: bool) -> bool:
         """The final states of each n, or of the reference."""
@@ -181,75 +163,51 @@ class LimitTableProbe(StateProbe):
     def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
         """Sort the final states by n and column."""
         super().begin(batch, reference)
-        self._index = batch.index
-        self._limits: dict[tuple[Iteration, int], tuple[Tensor, Tensor]] = {}
-        for site, value in reference.items():
-            wide = value.float()
-            place = None if self.reference else site.iteration
-            self._limits[place, self.column(site)] = wide, wide.norm(dim=-1)
-        device = batch.tokens.device
-        shape = (len(self.columns), *batch.tokens.shape)
-        self._series = [torch.zeros(len(self.iterations), *shape, device=device) for _ in self._final]
-        self._finite = torch.ones(len(self.iterations), len(self.columns), dtype=torch.bool, device=device)
+        self._prompts = torch.tensor(batch.index, device=batch.tokens.device)
+        self._limits = {
+            (None if self.reference else site.iteration, self.column(site)): value
+            for site, value in reference.items()
+        }
+        shape = (len(self._final), len(self.iterations), len(self.columns), *batch.tokens.shape)
+        self._series = torch.zeros(shape, dtype=torch.float64, device=batch.tokens.device)
 
-    def take(self, i: int, column: int, value: Tensor) -> None:
+    def take(self, site: Site, value: Tensor) -> None:
         """Compare with the final states."""
-        x = value.float()
-        norm = x.norm(dim=-1)
-        self._finite[i, column] = (norm.isfinite() | ~self.mask).all()
+        i, column = self.cell(site)
+        compare = distances if self.of == "norm" else cosines
         for series, final in zip(self._series, self._final, strict=True):
-            limit, limit_norm = self._limits[final, column]
-            if self.of == "norm":
-                series[i, column] = (x - limit).norm(dim=-1)
-            else:
-                series[i, column] = torch.linalg.vecdot(x, limit) / (norm * limit_norm).clamp_min(_TINY)
+            series[i, column] = compare(value, self._limits[final, column])
 
     def end(self) -> None:
-        """Classify the batch's tokens."""
-        self.require_finite(self._finite)
+        """Classify the batch's tokens; those for which a series means nothing are left out."""
+        super().end()
         prompt, position = self.mask.nonzero(as_tuple=True)
         for a, n in enumerate(self.n):
-            one = self._series[0] if self.reference else self._series[a]
-            values = one[: n if self.reference else n - 1, :, self.mask].permute(1, 2, 0)
-            found = limiting_behaviour(values, self.tau, self.rho, of=self.of)
-            kinds = torch.nn.functional.one_hot(found.code, len(LIMIT_KINDS))  # tau rho layer token kind
-            self._counts[a] += kinds.sum(-2).cpu()
+            one, last = (self._series[0], n) if self.reference else (self._series[a], n - 1)
+            values = one[:last, :, self.mask].permute(1, 2, 0)  # column token iteration
+            real = ~values.isnan().any(-1)
+            found = limiting_behaviour(values.nan_to_num(), self.tau, self.rho, of=self.of)
+            kinds = torch.nn.functional.one_hot(found.code, len(LIMIT_KINDS)) * real[..., None]
+            self._counts[a] += kinds.sum(-2).cpu()  # tau rho column kind
             orbits, sliders = kinds[..., 1].double(), kinds[..., 2].double()
             sums = (orbits * found.frequency, orbits * found.amplitude, sliders * found.gradient)
             self._sums[a] += torch.stack([each.sum(-1) for each in sums], -1).cpu()
             if a == 0:
-                first = found.code[0, 0]
-                layer, token = first.nonzero(as_tuple=True)
-                columns = {
-                    "prompt": torch.tensor(self._index, device=token.device)[prompt[token]],
-                    "position": position[token],
-                    "layer": layer,
-                    "kind": first[layer, token],
-                    **{k: getattr(found, k)[layer, token] for k in ("frequency", "amplitude", "gradient")},
-                }
-                self._moving.append({name: column.cpu() for name, column in columns.items()})
-        self._series, self._limits = [], {}
+                kind = found.code[0, 0]
+                column, token = (kind * real).nonzero(as_tuple=True)
+                describe = [
+                    each[column, token] for each in (kind, found.frequency, found.amplitude, found.gradient)
+                ]
+                moving = (self._prompts[prompt[token]], position[token], column, *describe)
+                self._moving.append(torch.stack([each.double() for each in moving]).cpu())
+        self._limits = {}
 
     def result(self) -> LimitTable:
         """What was measured so far, by this process."""
-        names = ("prompt", "position", "layer", "kind", "frequency", "amplitude", "gradient")
-        whole = [torch.int64] * 4 + [torch.float64] * 3
-        moving = {
-            name: torch.cat([torch.zeros(0, dtype=dtype), *(part[name] for part in self._moving)])
-            for name, dtype in zip(names, whole, strict=True)
-        }
-        return LimitTable(
-            self.segment,
-            self.of,
-            self.reference,
-            self.columns,
-            self.n,
-            self.tau,
-            self.rho,
-            self._counts.clone(),
-            self._sums.clone(),
-            moving,
-        )
+        moving: dict[str, Tensor] = dict(zip(_COLUMNS, torch.cat(self._moving, 1), strict=True))
+        moving |= {name: moving[name].long() for name in _COLUMNS[:4]}
+        about = (self.segment, self.of, self.reference, self.columns, self.n, self.tau, self.rho)
+        return LimitTable(*about, self._counts.clone(), self._sums.clone(), moving)
 
 
 def limit_table(
@@ -267,12 +225,10 @@ def limit_table(
 ) -> LimitTable:
     """Classify every token of every prompt at every layer, and the state that leaves each iteration.
 
-    Each batch runs twice: first to the final states, then to compare with them while the model runs. What is
-    kept of an iteration are cosines, one number a token and layer.
+    Each batch runs twice: first to the final states, then to compare with them. What is kept of an iteration are
+    cosines, one number a token and layer.
 
     Args:
-        model: The model, at the number of iterations to measure.
-        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.prompts.read_prompts`.
         n: Numbers of iterations, in firing order, e.g. ``(64, 128)``: what the first so many of this run say,
             the last of them being the limit. All that the model runs by default. (Under the rules of
             `loopify` that divide by R, a run of fewer iterations is another run.)
@@ -282,13 +238,9 @@ def limit_table(
         reference: Number of iterations whose last state is the limit for every n, at or beyond what is
             measured. Then nothing is left out of the series. None as in the paper: each n has its own last
             state, which is left out.
-        segment: The loop; the innermost by default.
-        batch_size: Prompts a forward.
-        progress: Whether to show a progress bar, for work beyond two seconds.
 
     Raises:
-        ValueError: If there are no prompts, an n is too small or not reached, or the reference comes before.
-        DivergedError: If states become NaN or infinite; names the first iteration.
+        ValueError: If an n is too small or not reached, or the reference comes before.
 
     Source:
         arXiv 2604.11791, Algorithm 1 and tables 3 and 4 (n = 128, tau = 0.05, rho = 0.9); the grid of n, tau
@@ -302,13 +254,5 @@ def limit_table(
         [55.0, 90.0]
     """
     probe = LimitTableProbe(model, n=n, tau=tau, rho=rho, of=of, reference=reference, segment=segment)
-    measure(
-        model,
-        prompts,
-        [probe],
-        reference=reference or model.recurrences,
-        batch_size=batch_size,
-        progress=progress,
-        what="limiting behaviour",
-    )
-    return shared(probe.result())
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "what": "limiting behaviour"}
+    return measured(model, prompts, probe, reference=reference or model.recurrences, **options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loop_lens.measuring.results import Result
+from loop_lens.measuring.tables import grid_table
 
 Kind = Literal["fixed point", "orbit", "slider", "unknown"]
 LIMIT_KINDS: tuple[Kind, ...] = ("fixed point", "orbit", "slider", "unknown")
@@ -61,16 +61,15 @@ class LimitingBehaviour(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per pair of thresholds and series (numbered from 0, last dimension fastest)."""
-        flat = {n: getattr(self, n).flatten().tolist() for n in ("frequency", "amplitude", "gradient")}
-        n_series = len(flat["gradient"])
-        code = self.code.reshape(len(self.tau), len(self.rho), n_series)
-        settled = self.settled.reshape(len(self.tau), n_series)
-        tables: list[pd.DataFrame] = []
-        for (i, tau), (j, rho) in itertools.product(enumerate(self.tau), enumerate(self.rho)):
-            kinds = [LIMIT_KINDS[k] for k in code[i, j].tolist()]
-            own = {"tau": tau, "rho": rho, "series": range(n_series), "kind": kinds}
-            tables.append(pd.DataFrame({**own, "settled": settled[i].tolist(), **flat}))
-        return pd.concat(tables, ignore_index=True)
+        n_series = self.gradient.numel()
+        axes = {"tau": self.tau, "rho": self.rho, "series": range(n_series)}
+        columns = {
+            "kind": self.code.reshape(len(self.tau), len(self.rho), n_series),
+            "settled": self.settled.reshape(len(self.tau), 1, n_series),
+            **{name: getattr(self, name).flatten() for name in ("frequency", "amplitude", "gradient")},
+        }
+        table = grid_table(axes, columns)
+        return table.assign(kind=table["kind"].map(LIMIT_KINDS.__getitem__))
 
 
 def limiting_behaviour(

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loop_lens.bridge.model import HookedLoopedTransformer
+from loop_lens.bridge.names import find_sites
+from loop_lens.measuring.collecting import diverged, first_diverged
 from loop_lens.measuring.moments import DivergedError
 from loop_lens.unrolling.tree import Iteration
 
@@ -143,19 +145,6 @@ def _raise_diverged(
         raise DivergedError(
             f"iteration {iteration} at the given state is NaN or infinite: give a finite state"
         )
-    broken: list[Iteration] = []
-    hooks: list[Any] = []
-    for t in model.schedule.iterations(segment):
-
-        def look(value: Tensor, hook: Any, t: Iteration = t) -> None:
-            if not bool(value.isfinite().all()):
-                broken.append(t)
-
-        hooks.append((model.name("state_in", iteration=t, segment=segment), look))
-        hooks.append((model.name("state_out", iteration=t, segment=segment), look))
-    with torch.no_grad():
-        model.run_with_hooks(tokens, fwd_hooks=hooks, return_type=None)
-    raise DivergedError(
-        f"states became NaN or infinite, first in iteration {broken[0]}: fewer iterations, a wider dtype, or "
-        "other weights are needed"
-    )
+    sites = [site for hook in ("state_in", "state_out") for site in find_sites(model, hook, segment=segment)]
+    first = first_diverged(model, tokens, torch.ones_like(tokens, dtype=torch.bool), sites)
+    raise DivergedError(diverged(f"in iteration {first.iteration if first else iteration}"))

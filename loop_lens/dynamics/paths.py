@@ -17,17 +17,17 @@ from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.bridge.names import find_sites
 from loop_lens.dynamics.states import LoopProbe
 from loop_lens.figures.lines import line_figure
+from loop_lens.measuring.collecting import measured
 from loop_lens.measuring.moments import Collector, Moments
-from loop_lens.measuring.processes import shared
 from loop_lens.measuring.results import Result
-from loop_lens.measuring.run import Hook, measure, values_at
+from loop_lens.measuring.run import Hook, values_at
+from loop_lens.measuring.vectors import cosines, distances, lengths, ratios
 from loop_lens.prompts.reader import Batch, device_of, read_prompts
 from loop_lens.unrolling.sites import Site
 from loop_lens.unrolling.tree import Iteration
 
 PAIR = ("cosine", "distance", "relative_distance")
 PLACE = ("cosine", "worst_cosine", "distance", "worst_distance")
-_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,8 @@ class PathIndependence(Result):
         Raises:
             ValueError: If they are of different loops or initial states.
         """
-        length = max(len(each.positions.axes["position"]) for each in (self, other))
-        one, two = (replace(each, positions=_padded(each.positions, length)) for each in (self, other))
-        return super(PathIndependence, one).merge(two)
+        positions = _together(self.positions, other.positions)
+        return replace(super().merge(replace(other, positions=self.positions)), positions=positions)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per iteration and pair, with means and spreads over tokens; see also ``positions``."""
@@ -112,20 +111,16 @@ def path_independence(
     another start is another prompt, and the measure says how much of it is forgotten.
 
     Args:
-        model: The model, at the number of iterations to measure.
-        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.prompts.read_prompts`.
         starts: Further initial states: a number of seeds, or the seeds, of the model's own noise; or the
             states themselves, at least as long as the prompts. Without ``others`` 3 seeds by default.
         others: Prompts whose states after all iterations are further initial states; at least as long as
             the prompts.
-        segment: The loop, at whose first iteration the states are put in; the innermost by default.
+        segment: The loop, at whose first iteration the states are put in.
         batch_size: Prompts a forward; each has one row per initial state.
-        progress: Whether to show a progress bar, for work beyond two seconds.
 
     Raises:
-        ValueError: If there are no prompts or no further initial states, the model has no noise to seed, or
-            a start is shorter than a prompt.
-        DivergedError: If states become NaN or infinite; names the iteration.
+        ValueError: If there are no further initial states, the model has no noise to seed, or a start is
+            shorter than a prompt.
 
     Source:
         Asymptotic alignment: arXiv 2211.09961, the cosine between the states reached from the usual initial
@@ -139,30 +134,15 @@ def path_independence(
         (0.964, 0.999, 1.0)
     """
     probe = PathIndependenceProbe(model, starts=starts, others=others, segment=segment)
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "what": "path independence"}
     with _started(model, 0):  # what it draws is replaced, but a given state would not fit the rows
-        measure(
-            model,
-            prompts,
-            [probe],
-            rows=probe.rows,
-            batch_size=batch_size,
-            progress=progress,
-            what="path independence",
-        )
-    return shared(probe.result())
+        return measured(model, prompts, probe, rows=probe.rows, **options)
 
 
-class PathIndependenceProbe(LoopProbe):
+class PathIndependenceProbe(LoopProbe[PathIndependence]):
     """Measures `PathIndependence` in a run of `loop_lens.measuring.measure` with the probe's own ``rows``.
 
-    Args:
-        model: The model, at the number of iterations to measure.
-        starts: As in `path_independence`.
-        others: As in `path_independence`.
-        segment: The loop; the innermost by default.
-
-    Raises:
-        ValueError: If there are no further initial states, or the model has no noise to seed.
+    Options are those of `path_independence`.
 
     Example:
         >>> from loop_lens.dynamics import PathIndependenceProbe
@@ -184,7 +164,6 @@ class PathIndependenceProbe(LoopProbe):
         segment: str | None = None,
     ) -> None:
         super().__init__(model, segment=segment, least=1, what="path independence")
-        self._model = model
         self._entry = find_sites(model, "state_in", segment=self.segment)[0]
         exit_ = find_sites(model, "state_out", segment=self.segment)[-1]
         seeds, given = _requested(model, 3 if starts is None and others is None else starts)
@@ -202,8 +181,11 @@ class PathIndependenceProbe(LoopProbe):
             )
         self._pairs = list(itertools.combinations(range(len(self.starts)), 2))
         names = [f"{self.starts[a]} / {self.starts[b]}" for a, b in self._pairs]
-        self._collector = Collector(PAIR, {"iteration": self.iterations, "pair": names})
-        self._places = _Places(self.iterations)
+        self.collectors = (Collector(PAIR, {"iteration": self.iterations, "pair": names}),)
+        self._positions = self._by_position(0).moments()
+
+    def _by_position(self, length: int) -> Collector:
+        return Collector(PLACE, {"iteration": self.iterations, "position": range(length)})
 
     def rows(self, batch: Batch) -> tuple[Tensor, list[Hook]]:
         """Each prompt once per initial state [start * prompt pos], and the hook that puts the states in."""
@@ -218,61 +200,44 @@ class PathIndependenceProbe(LoopProbe):
 
     def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
         """Start a batch."""
-        self._mask = batch.mask
-        self._collector.begin(len(batch.tokens), batch.tokens.device)
+        super().begin(batch, reference)
+        self._places = self._by_position(batch.tokens.shape[1])
+        self._places.begin(len(batch.tokens), batch.tokens.device)
 
-    def see(self, site: Site, value: Tensor) -> None:
+    def take(self, site: Site, value: Tensor) -> None:
         """Compare the states of all pairs of starts."""
-        i = self._row[site.iteration]
-        states = value.float().unflatten(0, (len(self.starts), -1))
-        norms = states.norm(dim=-1)
-        cosines: list[Tensor] = []
-        distances: list[Tensor] = []
-        for k, (a, b) in enumerate(self._pairs):
-            apart = (states[a] - states[b]).norm(dim=-1)
-            cosine = torch.linalg.vecdot(states[a], states[b]) / (norms[a] * norms[b]).clamp_min(_TINY)
-            relative = 2 * apart / (norms[a] + norms[b]).clamp_min(_TINY)
-            self._collector.put(slice(0, 3), (i, k), torch.stack([cosine, apart, relative]), self._mask)
-            cosines.append(cosine)
-            distances.append(apart)
-        c, d = torch.stack(cosines), torch.stack(distances)
-        self._places.add(i, torch.stack([c.mean(0), c.amin(0), d.mean(0), d.amax(0)]), self._mask)
+        i = (self._row[site.iteration],)
+        states = value.unflatten(0, (len(self.starts), -1))
+        norms = lengths(states)
+        cosine = torch.stack([cosines(states[a], states[b]) for a, b in self._pairs])  # pair prompt pos
+        apart = torch.stack([distances(states[a], states[b]) for a, b in self._pairs])
+        mean_norm = torch.stack([(norms[a] + norms[b]) / 2 for a, b in self._pairs])
+        pairs = (cosine, apart, ratios(apart, mean_norm))
+        self.put(i, dict(zip(PAIR, pairs, strict=True)), self.mask)
+        places = (cosine.mean(0), cosine.amin(0), apart.mean(0), apart.amax(0))
+        here = {name: each.T for name, each in zip(PLACE, places, strict=True)}  # pos prompt
+        self.put(i, here, self.mask.T, to=self._places)
 
     def end(self) -> None:
         """Add the batch up."""
-        self._collector.end()
+        super().end()
+        self._places.end()
+        self._positions = _together(self._positions, self._places.moments())
 
     def result(self) -> PathIndependence:
         """What was measured so far, by this process."""
-        return PathIndependence(self.segment, self.starts, self._collector.moments(), self._places.moments())
+        return PathIndependence(self.segment, self.starts, self.collectors[0].moments(), self._positions)
 
 
-class _Places:
-    """Sums over prompts at each position; there are as many positions as the longest prompt has."""
-
-    def __init__(self, iterations: Sequence[Iteration]) -> None:
-        self.iterations = tuple(iterations)
-        self.sums = torch.zeros(3, len(PLACE), len(self.iterations), 0, dtype=torch.float64)
-
-    def add(self, i: int, values: Tensor, mask: Tensor) -> None:
-        """Values [metric prompt pos] of an iteration."""
-        more = values.shape[-1] - self.sums.shape[-1]
-        if more > 0:
-            self.sums = torch.nn.functional.pad(self.sums, (0, more))
-        wide = values.double().masked_fill(~mask, 0.0)
-        parts = torch.stack([mask.double().expand_as(wide), wide, wide.square()]).sum(2)
-        self.sums[:, :, i, : values.shape[-1]] += parts.cpu()
-
-    def moments(self) -> Moments:
-        """As moments; every prompt has one value at a position."""
-        axes = {"iteration": self.iterations, "position": tuple(range(self.sums.shape[-1]))}
-        return Moments(axes, PLACE, torch.cat([self.sums, self.sums]))
-
-
-def _padded(moments: Moments, length: int) -> Moments:
-    more = length - len(moments.axes["position"])
-    axes = {**moments.axes, "position": tuple(range(length))}
-    return replace(moments, axes=axes, sums=torch.nn.functional.pad(moments.sums, (0, more)))
+def _together(a: Moments, b: Moments) -> Moments:
+    """Moments by position merged, of prompts of which some may be longer than all others."""
+    length = max(len(each.axes["position"]) for each in (a, b))
+    padded: list[Moments] = []
+    for each in (a, b):
+        axes = {**each.axes, "position": tuple(range(length))}
+        more = (0, length - len(each.axes["position"]))
+        padded.append(replace(each, axes=axes, sums=torch.nn.functional.pad(each.sums, more)))
+    return padded[0].merge(padded[1])
 
 
 def _requested(

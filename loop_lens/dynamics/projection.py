@@ -17,6 +17,7 @@ from loop_lens.figures.canvas import new_figure
 from loop_lens.measuring.processes import shared
 from loop_lens.measuring.results import Result, merged
 from loop_lens.measuring.run import measure
+from loop_lens.measuring.tables import grid_table
 from loop_lens.prompts.reader import Batch, device_of
 from loop_lens.unrolling.sites import Site
 from loop_lens.unrolling.tree import Iteration
@@ -70,22 +71,12 @@ class Trajectories(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per prompt, iteration and layer (missing at the state), with coordinates ``pc1``, ..."""
-        n = len(self.layers)
-        index = pd.MultiIndex.from_product(
-            [range(len(self.prompt)), range(len(self.iterations)), range(n)], names=["p", "i", "k"]
-        ).to_frame(index=False)
-        table = pd.DataFrame(
-            {
-                "prompt": [int(self.prompt[p]) for p in index.p],
-                "position": [int(self.position[p]) for p in index.p],
-                "iteration": [self.iterations[i] for i in index.i],
-                "quartile": [self.quartile[i] for i in index.i],
-                "layer": [self.layers[k] for k in index.k],
-            }
-        )
-        flat = self.coordinates.flatten(0, 2)
-        for c in range(flat.shape[1]):
-            table[f"pc{c + 1}"] = flat[:, c].tolist()
+        axes = {"prompt": self.prompt.tolist(), "iteration": self.iterations, "layer": self.layers}
+        coordinates = {f"pc{c + 1}": each for c, each in enumerate(self.coordinates.unbind(-1))}
+        table = grid_table(axes, {"position": self.position[:, None, None], **coordinates})
+        table.insert(1, "position", table.pop("position"))
+        quarters = dict(zip(self.iterations, self.quartile, strict=True))
+        table.insert(3, "quartile", table["iteration"].map(quarters.__getitem__))
         return tidy(table)
 
     def plot(self, *, prompt: int = 0, projection: Literal["2d", "3d"] = "2d") -> Any:
@@ -221,19 +212,8 @@ class KeptStates(Result):
         return Trajectories(*of, *places, coordinates, mean, axes, variance, explained)
 
 
-class TrajectoriesProbe(StateProbe):
-    """Keeps one position's states in a run of `loop_lens.measuring.measure`.
-
-    Args:
-        model: The model, at the number of iterations to measure.
-        position: The position to keep; below 0 from each prompt's end.
-        layers: The layers to keep, among them perhaps ``"state"``; all layers by default.
-        segment: The loop; the innermost by default.
-        fit: Whether states of all layers are one cloud.
-        over: Whether to accumulate the scatter of all tokens' states.
-
-    Raises:
-        ValueError: If the loop runs once only, or a layer does not exist.
+class TrajectoriesProbe(StateProbe[Trajectories]):
+    """Keeps one position's states in a run of `loop_lens.measuring.measure`; options as in `trajectories`.
 
     Example:
         >>> from loop_lens.dynamics import TrajectoriesProbe
@@ -264,6 +244,7 @@ class TrajectoriesProbe(StateProbe):
         self._position = position
         self._fit: Fit = fit
         self._shape = (len(self.iterations), len(self.layers), int(model.cfg.d_model))
+        self._dtype = torch.promote_types(next(model.original_model.parameters()).dtype, torch.float32)
         none = torch.zeros(0, dtype=torch.int64)
         self._kept = [(none, none, torch.zeros(0, *self._shape))]  # prompt, position, states of each batch
         self._scatter: list[Scatter] = []
@@ -286,26 +267,24 @@ class TrajectoriesProbe(StateProbe):
             )
         super().begin(batch, reference)
         self._index, self._where = batch.index, where
-        self._states = torch.zeros(len(batch.tokens), *self._shape)
-        self._finite = torch.ones(self._shape[:2], dtype=torch.bool)
+        self._states = torch.zeros(len(batch.tokens), *self._shape, dtype=self._dtype)
 
     def wants(self, site: Site) -> bool:
         """The layers that were chosen."""
         return super().wants(site) and self.column(site) in self._place
 
-    def take(self, i: int, column: int, value: Tensor) -> None:
+    def take(self, site: Site, value: Tensor) -> None:
         """Keep the position's state; add all to the scatter."""
+        i, column = self.cell(site)
         k = self._place[column]
-        one = value[torch.arange(len(value), device=value.device), self._where].float()
-        self._states[:, i, k] = one.cpu()
-        self._finite[i, k] = bool((value.norm(dim=-1).isfinite() | ~self.mask).all())
-        if self._scatter and bool(self._finite[i, k]):
+        self._states[:, i, k] = value[torch.arange(len(value), device=value.device), self._where].cpu()
+        if self._scatter:
             group = 0 if self._fit == "joint" else k
             self._scatter[group] = self._scatter[group].merge(Scatter.of(value[self.mask]))
 
     def end(self) -> None:
         """Finish a batch."""
-        self.require_finite(self._finite)
+        super().end()
         self._kept.append((torch.tensor(self._index), self._where.cpu(), self._states))
 
     def kept(self) -> KeptStates:
@@ -337,10 +316,9 @@ def trajectories(
 ) -> Trajectories:
     """Principal components of a token's states at every layer and iteration.
 
+    The paper shows one prompt; of several, the states are one cloud.
+
     Args:
-        model: The model, at the number of iterations to measure.
-        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.prompts.read_prompts`. One prompt
-            in the paper; of several, the states are one cloud.
         components: How many to keep.
         position: The position whose trajectory is shown; below 0 from each prompt's end.
         layers: The layers, among them perhaps ``"state"`` (what leaves an iteration, behind a loop's norm);
@@ -350,14 +328,10 @@ def trajectories(
         over: What components are fitted to: the states at ``position`` alone, which are kept, or those of all
             ``"tokens"``, of which only mean and covariance [d_model d_model] are, in float64 (1 GB of
             them at a d_model of 11,000).
-        segment: The loop; the innermost by default.
-        batch_size: Prompts a forward.
-        progress: Whether to show a progress bar, for work beyond two seconds.
 
     Raises:
-        ValueError: If there are no prompts, the loop runs once only, a position or layer does not exist, or
-            there are fewer directions than components.
-        DivergedError: If states become NaN or infinite; names the first iteration.
+        ValueError: If the loop runs once only, a position or layer does not exist, or there are fewer
+            directions than components.
 
     Source:
         arXiv 2604.11791, the PCA of all latent states of the last token of one prompt, by quartiles of

@@ -14,11 +14,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from loop_lens.dynamics.distances import DISTANCES, jensen_shannon, require_distances, require_two_tokens
 from loop_lens.figures.canvas import new_figure, spaced
-from loop_lens.measuring.moments import Collector, DivergedError, Moments, Over
-from loop_lens.measuring.probe import Probe
-from loop_lens.measuring.processes import shared
+from loop_lens.measuring.collecting import CollectingProbe, measured
+from loop_lens.measuring.moments import Collector, Moments, Over
 from loop_lens.measuring.results import Result
-from loop_lens.measuring.run import measure, schedule_of
+from loop_lens.measuring.run import schedule_of
+from loop_lens.measuring.vectors import directions, wide
 from loop_lens.prompts.reader import Batch
 from loop_lens.unrolling.schedule import Schedule
 from loop_lens.unrolling.sites import Boundary, Firing, Site, pick
@@ -141,20 +141,8 @@ class FiringSimilarity(Result):
         return [i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]]
 
 
-class FiringSimilarityProbe(Probe):
-    """Measures `FiringSimilarity` in a run of `loop_lens.measuring.measure`.
-
-    Args:
-        model: The model, at the number of iterations to measure.
-        segment: As in `firing_similarity`.
-        iteration: As in `firing_similarity`.
-        layer: As in `firing_similarity`.
-        metrics: As in `firing_similarity`.
-        per_head: As in `firing_similarity`.
-
-    Raises:
-        ValueError: If a metric is unknown, or fewer than two firings are chosen.
-        UnknownNameError: If a segment, iteration or layer does not exist.
+class FiringSimilarityProbe(CollectingProbe[FiringSimilarity]):
+    """Measures `FiringSimilarity` in a run of `loop_lens.measuring.measure`; options as in `firing_similarity`.
 
     Example:
         >>> from loop_lens.dynamics import FiringSimilarityProbe
@@ -181,7 +169,6 @@ class FiringSimilarityProbe(Probe):
             raise ValueError("pairs need at least two firings: choose more, or set_recurrences(2) or more")
         self._per_head = per_head
         self._places: dict[Firing | Boundary, int] = {firing: i for i, firing in enumerate(self.firings)}
-        self._kept: dict[tuple[str, int], Tensor] = {}
         depths = tuple(firing.index for firing in self.firings)
         pairs: dict[str, Sequence[int]] = {"depth": depths, "other": depths}
         heads = {"head": range(int(model.cfg.n_heads))} if per_head else {}
@@ -200,47 +187,40 @@ class FiringSimilarityProbe(Probe):
         """Start a batch."""
         if "pattern" in self.hooks:
             require_two_tokens(batch.lengths, batch.index)
-        self._lengths: list[int] = batch.lengths.tolist()
-        self._kept = {}
+        super().begin(batch, reference)
+        self._kept: dict[tuple[str, int], Tensor] = {}
 
-    def see(self, site: Site, value: Tensor) -> None:
+    def take(self, site: Site, value: Tensor) -> None:
         """Keep it until the batch is over."""
         self._kept[site.short, self._places[site.place]] = value
 
     def end(self) -> None:
         """Compare all pairs, prompt by prompt, without its padding."""
-        for prompt, n in enumerate(self._lengths):
-            kept = {hook: self._stacked(hook, prompt, n) for hook in self.hooks}
-            self._require_finite(kept)
+        super().end()
+        for prompt, n in enumerate(self.mask.sum(-1).tolist()):
             for hook, collector in self._collectors.items():
-                values = self._compared(hook, kept[hook])
-                collector.begin(1, values.device)
-                collector.put(slice(None), (), values)
+                kept = self._stacked(hook, prompt, n)
+                collector.begin(1, kept.device)
+                self.put((), self._compared(hook, kept), to=collector)
                 collector.end()
         self._kept = {}
 
-    def _compared(self, hook: str, kept: Tensor) -> Tensor:
-        """All pairs of one prompt, [metric depth other prompt value] or by head [metric head depth other prompt]."""
+    def _compared(self, hook: str, kept: Tensor) -> dict[str, Tensor]:
+        """All pairs of one prompt, [depth other prompt value] or by head [head depth other prompt]."""
         if hook == "resid_post":
-            return _cosines(kept).movedim(0, -1)[None, :, :, None]
-        maps = torch.stack([_pairwise(kept, metric) for metric in self._collectors[hook].metrics])
+            unit = directions(kept).transpose(0, 1)
+            return {"cosine": (unit @ unit.mT).movedim(0, -1).unsqueeze(-2)}
+        maps = {metric: _pairwise(kept, metric) for metric in self._collectors[hook].metrics}
         # Heads are cells of their own, or values of one.
-        return maps.unsqueeze(-1) if self._per_head else maps.movedim(1, -1).unsqueeze(-2)
+        return {
+            metric: each.unsqueeze(-1) if self._per_head else each.movedim(0, -1).unsqueeze(-2)
+            for metric, each in maps.items()
+        }
 
     def _stacked(self, hook: str, prompt: int, n: int) -> Tensor:
         """One prompt's patterns [depth head query key] or stream [depth pos d_model], without padding."""
-        every = (self._kept[hook, i][prompt].float() for i in range(len(self.firings)))
+        every = (wide(self._kept[hook, i][prompt]) for i in range(len(self.firings)))
         return torch.stack([v[:, :n, :n] if hook == "pattern" else v[:n] for v in every])
-
-    def _require_finite(self, kept: dict[str, Tensor]) -> None:
-        sums = torch.stack([values.flatten(1).sum(-1) for values in kept.values()]).sum(0)
-        bad = ~sums.isfinite()
-        if bool(bad.any()):
-            firing = self.firings[int(bad.nonzero()[0])]
-            raise DivergedError(
-                f"values became NaN or infinite, first at {firing.segment} iteration {firing.iteration}, layer "
-                f"{firing.layer}: fewer iterations, a wider dtype, or other weights are needed"
-            )
 
     def result(self) -> FiringSimilarity:
         """What was measured so far, by this process."""
@@ -279,9 +259,8 @@ def _pairwise(
         return torch.cdist(flat, flat, p=1) / (2 * patterns.shape[2])
     # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b cancels for neighbours: in float64, around the mean of all, it is
     # exact to about 1e-8 of the patterns' own spread.
-    wide = flat.double()
-    wide = wide - wide.mean(1, keepdim=True)
-    gram = wide @ wide.mT
+    centred = flat.double() - flat.double().mean(1, keepdim=True)
+    gram = centred @ centred.mT
     square = gram.diagonal(dim1=-2, dim2=-1)
     distance = (square[:, :, None] + square[:, None, :] - 2 * gram).clamp_min(0).sqrt()
     distance.diagonal(dim1=-2, dim2=-1).zero_()
@@ -297,12 +276,6 @@ def _jensen_shannon_pairwise(patterns: Tensor) -> Tensor:
             others = slice(start, min(start + size, n_depths))
             above[:, i, others] = jensen_shannon(patterns[i], patterns[others]).mean(-1).T
     return above + above.mT
-
-
-def _cosines(stream: Float[Tensor, "depth pos d_model"]) -> Float[Tensor, "pos depth depth"]:
-    """Cosine between all pairs of firings, at each position."""
-    unit = torch.nn.functional.normalize(stream, dim=-1, eps=torch.finfo(torch.float32).tiny).transpose(0, 1)
-    return unit @ unit.mT
 
 
 def firing_similarity(
@@ -325,8 +298,7 @@ def firing_similarity(
     entry (with 512 firings, 131,000 pairs), so choose fewer firings for them.
 
     Args:
-        model: A looped model at the number of iterations to measure, or a feed-forward one.
-        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.prompts.read_prompts`.
+        model: A looped model, or a feed-forward one.
         segment: One segment; the innermost loop if only iterations or layers are chosen, every firing of the
             model if nothing is.
         iteration: One, several or a slice of its iterations.
@@ -334,14 +306,11 @@ def firing_similarity(
         metrics: ``"frobenius"``, ``"total_variation"`` and ``"jensen_shannon"`` (both per query) of attention
             patterns, head by head, and ``"cosine"`` of the stream after the block, per token.
         per_head: Whether to keep heads apart rather than average over them; 48 bytes a pair, metric and head.
-        batch_size: Prompts a forward.
-        progress: Whether to show a progress bar, for work beyond two seconds.
 
     Raises:
         ValueError: If a metric is unknown, fewer than two firings are chosen, a prompt has one token (for
-            attention), there are no prompts, or the model has no attention patterns.
+            attention), or the model has no attention patterns.
         UnknownNameError: If a segment, iteration or layer does not exist.
-        DivergedError: If values become NaN or infinite; names the first firing.
 
     Example:
         >>> similarity = loop_lens.dynamics.firing_similarity(
@@ -356,5 +325,4 @@ def firing_similarity(
     probe = FiringSimilarityProbe(
         model, segment=segment, iteration=iteration, layer=layer, metrics=metrics, per_head=per_head
     )
-    measure(model, prompts, [probe], batch_size=batch_size, progress=progress, what="pairs")
-    return shared(probe.result())
+    return measured(model, prompts, probe, batch_size=batch_size, progress=progress, what="pairs")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loop_lens.measuring.results import Result, merged
+from loop_lens.measuring.tables import grid_table
 
 Over = Literal["values", "prompts"]
 
@@ -106,13 +106,12 @@ class Moments(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per cell: the axes, then each metric's mean, spread, and spread over prompts' means."""
-        cells = list(itertools.product(*self.axes.values()))
-        columns: dict[str, Any] = {axis: [cell[k] for cell in cells] for k, axis in enumerate(self.axes)}
+        columns: dict[str, Tensor] = {}
         for metric in self.metrics:
-            columns[metric] = self.mean(metric).flatten().tolist()
-            columns[f"{metric}_std"] = self.std(metric).flatten().tolist()
-            columns[f"{metric}_prompt_std"] = self.std(metric, over="prompts").flatten().tolist()
-        return pd.DataFrame(columns)
+            columns[metric] = self.mean(metric)
+            columns[f"{metric}_std"] = self.std(metric)
+            columns[f"{metric}_prompt_std"] = self.std(metric, over="prompts")
+        return grid_table(self.axes, columns)
 
 
 class Measured(Result):
@@ -176,29 +175,29 @@ class Collector:
         self._batch = torch.zeros(3, *self._shape, n_prompts, dtype=torch.float64, device=device)
 
     def put(
-        self, metrics: slice, cell: tuple[int, ...], values: Tensor, weights: Tensor | None = None
+        self,
+        metrics: slice | Sequence[int],
+        cell: tuple[int, ...],
+        values: Tensor,
+        weights: Tensor | None = None,
     ) -> None:
-        """Values of neighbouring metrics at one cell, or at all cells along the last axes.
+        """Values of some metrics at one cell, or at all cells along the last axes.
 
         Args:
-            metrics: Which metrics, as a slice of their list.
+            metrics: Which metrics, by their places in the list.
             cell: Index on each axis, or on the first ones.
-            values: [metric *axis prompt *several], all of whose entries count, with the axes that the cell
-                leaves out; or [metric *axis prompt pos].
-            weights: 1 where a position counts, 0 at padding [prompt pos].
+            values: [metric *axis prompt *several], with the axes that the cell leaves out.
+            weights: 1 where a value counts, 0 at padding: [prompt pos], or whatever else broadcasts. All by default.
         """
         batch = self._batch
         assert batch is not None, "begin() comes first"
         lead = 2 + len(self.axes) - len(cell)
-        wide = values.double().reshape(*values.shape[:lead], -1)
+        real = torch.ones_like(values, dtype=torch.bool) if weights is None else weights.bool()
         # Padding may hold anything, NaN included, so it is replaced rather than multiplied away.
-        if weights is not None:
-            wide = wide.masked_fill(~weights.bool(), 0.0)
-            n = weights.sum(-1).double()
-        else:
-            n = torch.full((wide.shape[-2],), float(wide.shape[-1]), dtype=torch.float64, device=wide.device)
-        here = (slice(None), metrics, *cell)
-        batch[here] += torch.stack([n.expand(wide.shape[:-1]), wide.sum(-1), wide.square().sum(-1)])
+        wide = values.double().masked_fill(~real, 0.0).reshape(*values.shape[:lead], -1)
+        n = real.expand_as(values).reshape(wide.shape).sum(-1).double()
+        chosen = metrics if isinstance(metrics, slice) else list(metrics)
+        batch[(slice(None), chosen, *cell)] += torch.stack([n, wide.sum(-1), wide.square().sum(-1)])
 
     def end(self) -> None:
         """Add the batch to the moments.

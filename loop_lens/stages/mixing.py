@@ -176,13 +176,10 @@ def spectrum(
         raise ValueError(f"a residual stream is [... pos d_model], got {tuple(resid.shape)}")
     _require_mask(mask, resid.shape[-2])
     x = resid.double()
-    if x.shape[-2] <= x.shape[-1]:
-        gram = x @ x.mT
-        if mask is not None:
-            gram = gram.masked_fill(~(mask.unsqueeze(-1) & mask.unsqueeze(-2)), 0.0)
-    else:
-        kept = x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0)
-        gram = kept.mT @ kept
+    x = x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0)
+    largest = x.abs().amax((-2, -1), keepdim=True)
+    x = x / largest.where(largest > 0, 1.0)  # shares stay, and no square overflows or fades
+    gram = x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
     total = gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
     # LAPACK may not return from a matrix with NaN: what is not finite is solved as zeros, divided by NaN.
     sound = total.isfinite() & (total > 0)
