@@ -23,7 +23,7 @@ def boot(
     model_name: str | Path,
     *,
     recurrences: int | None = None,
-    initial_state: Any = 0,
+    initial_state: Any = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
@@ -36,8 +36,8 @@ def boot(
     Args:
         model_name: A local folder, a hub id, or ``"loop-lens/NAME"`` for a model of `shipped_models`.
         recurrences: Number of iterations; the checkpoint's own by default.
-        initial_state: A seed of the family's own noise, ``"zeros"``, or a tensor
-            [batch pos d_model]; ignored with a warning where the family has none.
+        initial_state: A seed of the family's own noise, ``"zeros"``, or a tensor [batch pos d_model]; ignored with
+            a warning where the family has none. By default that with which the model was saved, 0 for most.
         device: Where to put the model; the CPU by default.
         dtype: Of the weights, e.g. ``torch.bfloat16`` or ``"bfloat16"``; the checkpoint's own by
             default and for ``"auto"``.
@@ -79,7 +79,7 @@ def wrap(
     *,
     tokenizer: Any = None,
     recurrences: int | None = None,
-    initial_state: Any = 0,
+    initial_state: Any = None,
     body: LoopBody | None = None,
     adapter: ArchitectureAdapter | None = None,
     model_name: str = "external",
@@ -123,7 +123,7 @@ def wrap(
     looped = _bridge(unrolled, tokenizer)
     if recurrences is not None:
         looped.set_recurrences(recurrences)
-    if not (type(initial_state) is int and initial_state == 0):
+    if initial_state is not None:
         looped.initial_state = initial_state
     return looped
 

@@ -12,15 +12,26 @@ from typing import Any
 import pandas as pd
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_file
+from safetensors.torch import load_model, save_file
 from torch import Tensor
 from transformers.utils import logging
 
+from loop_lens.models.checkpoint import Tensors, WeightsError, require_shapes
+from loop_lens.models.files import UnreadableError, digest_of, read_json, reading, replacing
 from loop_lens.models.native.modeling import LoopedTransformer
 from loop_lens.training.curriculum import CurriculumState
+from loop_lens.unrolling.numbers import whole
 
 PREFIX = "checkpoint-"
 WRITING = ".writing"
+VERSION = 2
+_OTHERWISE = "give what it was made with, choose another folder, or start over with resume=False"
+_WEIGHTS, _OPTIMIZER, _LOG, _PROGRESS = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "log.csv",
+    "progress.json",
+)
 
 
 class CheckpointError(RuntimeError):
@@ -89,21 +100,25 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_quietly(model, partial)
-        save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
-        table(progress).to_csv(partial / "log.csv", index=False)
+        save_file(_optimizer_tensors(model, optimizer), partial / _OPTIMIZER)
+        table(progress).to_csv(partial / _LOG, index=False)
         state = {
+            "version": VERSION,
+            "sha256": {path.name: digest_of(path) for path in sorted(partial.iterdir())},
             "done": progress.done,
             "curriculum": progress.curriculum.to_json(),
             "pending": progress.pending,
             "seconds": progress.seconds,
             "settings": settings,
         }
-        (partial / "progress.json").write_text(json.dumps(state))
+        (partial / _PROGRESS).write_text(json.dumps(state))
         for path in partial.iterdir():
             _flush(path)
         if target.exists():
             shutil.rmtree(target)
         os.replace(partial, target)
+        with replacing(folder / _LOG) as copy:
+            shutil.copy(target / _LOG, copy)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         kept = last_checkpoint(folder)
@@ -119,36 +134,50 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, model: LoopedTransformer, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
 ) -> Progress:
-    """Put a checkpoint's weights into a model and its optimizer.
+    """Put a checkpoint's weights into a model and its optimizer; neither is touched unless all of it fits.
 
     Raises:
         CheckpointError: If it was made by another training, or cannot be read.
     """
     try:
-        state = json.loads((path / "progress.json").read_text())
-        rows = pd.read_csv(path / "log.csv", float_precision="round_trip")
-        moments = load_file(path / "optimizer.safetensors")
-        _require_same(path, state["settings"], settings)
-        load_model(model, path / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        state = read_json(path / _PROGRESS)
+        with reading(path / _PROGRESS):
+            if state.get("version") != VERSION:
+                raise ValueError(
+                    f"version is {state.get('version', 1)}, and this loop_lens goes on from {VERSION}"
+                )
+            for name, digest in state["sha256"].items():
+                if digest_of(path / name) != digest:
+                    raise UnreadableError(
+                        f"cannot read {path / name}: {_PROGRESS} has another checksum of it"
+                    )
+            made_with = dict(state["settings"], model=dict(state["settings"]["model"]))
+            progress = Progress(
+                done=whole(state["done"], "done", 0),
+                curriculum=CurriculumState(**state["curriculum"]),
+                pending=[(float(loss), float(accuracy)) for loss, accuracy in state["pending"]],
+                seconds=float(state["seconds"]),
+            )
+        _require_same(path, made_with, settings)
+        with reading(path / _LOG):
+            rows = pd.read_csv(path / _LOG, float_precision="round_trip").to_dict("records")
+            progress.rows = [{str(key): value for key, value in row.items()} for row in rows]
+        weights = Tensors([path / _WEIGHTS]).layout
+        require_shapes(str(path), weights, model.state_dict())
+        moments = dict(Tensors([path / _OPTIMIZER]))
+        parameters = dict(model.named_parameters())
+        with reading(path / _OPTIMIZER):
+            places = {key: parameters[key.partition("/")[0]] for key in moments}
+        load_model(model, path / _WEIGHTS)
+    except WeightsError as error:
+        raise CheckpointError(f"{path} does not fit this model ({error}): {_OTHERWISE}") from error
+    except (UnreadableError, OSError) as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error}): delete it, or train with resume=False to start over"
+            f"{error or path}: delete {path}, or train with resume=False to start over"
         ) from error
-    except RuntimeError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{path} does not fit this model: build it as it was, choose another folder, or start over with "
-            "resume=False"
-        ) from error
-    _fill_optimizer(model, optimizer, moments)
-    return Progress(
-        done=state["done"],
-        curriculum=CurriculumState(**state["curriculum"]),
-        rows=[{str(key): value for key, value in row.items()} for row in rows.to_dict("records")],
-        pending=[(loss, accuracy) for loss, accuracy in state["pending"]],
-        seconds=state["seconds"],
-    )
+    for key, parameter in places.items():
+        optimizer.state[parameter][key.partition("/")[2]] = moments[key].to(parameter.device)
+    return progress
 
 
 def save_quietly(model: LoopedTransformer, folder: Path) -> None:
@@ -176,13 +205,14 @@ def _flush(path: Path) -> None:
 
 def _require_same(path: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
     given = json.loads(json.dumps(given))
-    differing = [key for key in sorted({*saved, *given}) if saved.get(key) != given.get(key)]
-    if differing:
-        key = differing[0]
-        raise CheckpointError(
-            f"{path} is of a training with other settings ({key}: {saved.get(key)} there, {given.get(key)} now): "
-            "choose another folder, or start over with resume=False"
-        )
+    for part, what in (("model", "does not fit this model"), (None, "is of a training with other settings")):
+        there, now = (each.pop(part) if part else each for each in (saved, given))
+        differing = sorted(key for key in {*there, *now} if there.get(key) != now.get(key))
+        if differing:
+            key = differing[0]
+            raise CheckpointError(
+                f"{path} {what} ({key}: {there.get(key)} there, {now.get(key)} now): {_OTHERWISE}"
+            )
 
 
 def _optimizer_tensors(model: LoopedTransformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -191,12 +221,3 @@ def _optimizer_tensors(model: LoopedTransformer, optimizer: torch.optim.Optimize
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
-
-
-def _fill_optimizer(
-    model: LoopedTransformer, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
-) -> None:
-    parameters = dict(model.named_parameters())
-    for key, value in tensors.items():
-        name, _, what = key.partition("/")
-        optimizer.state[parameters[name]][what] = value.to(parameters[name].device)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from loop_lens.figures.canvas import new_figure
 from loop_lens.measuring.results import Result
+from loop_lens.models.checkpoint import Checkpoint
+from loop_lens.models.native.kind import NATIVE
 from loop_lens.models.native.modeling import LoopedTransformer
 
 
@@ -88,10 +90,15 @@ class TrainingResult(Result):
 
     @property
     def model(self) -> LoopedTransformer:
-        """The trained model, in eval mode."""
+        """The trained model, in eval mode.
+
+        Raises:
+            UnreadableError: If the folder's model is damaged.
+        """
         model: LoopedTransformer | None = getattr(self, "_model")  # noqa: B009 (no field of the dataclass)
         if model is None:
-            model = LoopedTransformer.from_pretrained(self.folder / "model").eval()
+            checkpoint = Checkpoint(self.folder / "model")
+            model = NATIVE.load(checkpoint, dtype=None, attn_implementation=None)
             object.__setattr__(self, "_model", model)
         return model
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from loop_lens.data.task import IGNORED
+from loop_lens.models.files import replacing
+from loop_lens.models.native.config import LoopedConfig
 from loop_lens.models.native.modeling import LoopedTransformer
 from loop_lens.training.checkpoints import (
     CheckpointError,
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 
 _MAY_CHANGE = ("steps", "checkpoint_every", "log_every")
 """Settings that a training may go on with in another value."""
+_NOT_TRAINED_WITH = ("recurrences", "use_cache", "initializer_range", "initial_state_seed", "published")
+"""Fields of a model's config that no step of a training depends on."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -120,7 +125,7 @@ class _Training:
         self.model, self.task, self.config, self.folder = model, task, config, folder
         self.accelerator = accelerator
         self.settings = {k: v for k, v in config.to_json().items() if k not in _MAY_CHANGE}
-        self.settings["task"] = getattr(task, "name", type(task).__name__)
+        self.settings |= {"task": getattr(task, "name", type(task).__name__), "model": _described(model)}
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, config.weight_decay),
             lr=config.lr,
@@ -135,11 +140,8 @@ class _Training:
     ) -> TrainingResult:
         """Train to the end."""
         model, config, main = self.model, self.config, self.accelerator.is_main_process
-        forward, optimizer = self.accelerator.prepare(model, self.optimizer)
         self._begin(resume)
-        if config.gradient_checkpointing:
-            checkpoint_blocks(model, on=True)
-        model.train()
+        forward, optimizer = self.accelerator.prepare(model, self.optimizer)
         begun = time.perf_counter() - self.at.seconds
         bar = tqdm(
             total=self._end(),
@@ -150,6 +152,9 @@ class _Training:
             leave=False,
         )
         try:
+            if config.gradient_checkpointing:
+                checkpoint_blocks(model, on=True)
+            model.train()
             while self.at.done < self._end():
                 record = self._step(forward, optimizer)
                 self.at.seconds = time.perf_counter() - begun
@@ -298,17 +303,17 @@ class _Training:
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
-            path = save_checkpoint(self.folder, self.model, self.optimizer, self.at, self.settings)
-            shutil.copy(path / "log.csv", self.folder / "log.csv")
+            save_checkpoint(self.folder, self.model, self.optimizer, self.at, self.settings)
         self.accelerator.wait_for_everyone()
 
     def _finish(self) -> None:
         if self.accelerator.is_main_process:
             try:
-                save_quietly(self.model, self.folder / "model")
-                if getattr(self.task, "tokenizer", None) is not None:
-                    self.task.tokenizer.save_pretrained(self.folder / "model")
-            except OSError as error:
+                with replacing(self.folder / "model", folder=True) as partial:
+                    save_quietly(self.model, partial)
+                    if getattr(self.task, "tokenizer", None) is not None:
+                        self.task.tokenizer.save_pretrained(partial)
+            except (OSError, SafetensorError) as error:
                 raise CheckpointError(
                     f"the trained model could not be written to {self.folder / 'model'} ({error}): make room and "
                     "train again with the same folder; nothing has to be trained again"
@@ -335,6 +340,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             (decayed if parameter.ndim > 1 and id(parameter) not in embeddings else plain).append(parameter)
     groups = ({"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
+
+
+def _described(model: LoopedTransformer) -> dict[str, Any]:
+    """What a model computes, apart from its weights."""
+    own = LoopedConfig.__annotations__.keys() - {"model_type", *_NOT_TRAINED_WITH}
+    fields = {name: value for name, value in model.config.to_dict().items() if name in own}
+    state = model.model.initial_state
+    if isinstance(state, Tensor):
+        state = hashlib.sha256(state.detach().cpu().float().numpy().tobytes()).hexdigest()
+    return {**fields, "dtype": str(model.dtype), "starts_from": state if isinstance(state, str) else None}
 
 
 def _accelerator(config: TrainingConfig, model: LoopedTransformer) -> Accelerator:

@@ -9,19 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 DEPTHS = frozenset(
-    {
-        *("H_cycles", "L_cycles", "loops", "max_loops", "mean_recurrence", "num_iterations", "num_iters"),
-        *(
-            "num_loops",
-            "num_recurrences",
-            "num_steps",
-            "n_iterations",
-            "n_loops",
-            "n_recurrences",
-            "recurrence",
-        ),
-        *("total_ut_steps", "ut_steps"),
-    }
+    ["H_cycles", "L_cycles", "loops", "max_loops", "mean_recurrence", "n_iterations", "n_loops", "n_recurrences", "num_iterations", "num_iters", "num_loops", "num_recurrences", "num_steps", "recurrence", "total_ut_steps", "ut_steps"]
 )
 """What the families, and people, call the number of iterations."""
 

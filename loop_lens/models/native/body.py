@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,6 +82,15 @@ class NativeBody(LoopBody):
         return True
 
     @property
+    def config_fields(self) -> dict[str, Any]:
+        """Nothing: the config holds all but an initial state that is a tensor, which is not saved."""
+        if isinstance(self.model.initial_state, Tensor):
+            warnings.warn(
+                "initial_state is a tensor, which is not saved: give it to boot() again", stacklevel=4
+            )
+        return {}
+
+    @property
     def injects(self) -> bool:
         """Whether iterations are given the prelude's output again."""
         return self.config.injection != "none"
@@ -137,7 +147,7 @@ class NativeBody(LoopBody):
 
     def set_initial_state(self, value: Any) -> None:
         """Choose the state before the first iteration."""
-        require_initial_state(value, self.config.hidden_size)
+        value = require_initial_state(value, self.config.hidden_size)
         if self.config.initial_state == "prelude":
             super().set_initial_state(value)
         else:

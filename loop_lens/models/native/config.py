@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from difflib import get_close_matches
+from numbers import Real
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from loop_lens.unrolling.keywords import require_keywords
+from loop_lens.unrolling.numbers import whole
 from loop_lens.unrolling.schedule import Schedule
 from loop_lens.unrolling.tree import Blocks, Loop, Segments
 
 BLOCK_NORMS = ("pre", "sandwich", "post_branch", "post_residual")
 INJECTIONS = ("none", "add", "linear", "diagonal")
 INITIAL_STATES = ("prelude", "zeros", "noise")
-# Beyond its fields: what transformers' own constructor reads, writes into files, or once did.
-_KNOWN_TO_TRANSFORMERS = frozenset(GenerationConfig().to_dict()) | {
-    *(
-        "_attn_implementation",
-        "_attn_implementation_internal",
-        "_commit_hash",
-        "_experts_implementation_internal",
-    ),
-    *(
-        "_name_or_path",
-        "attn_implementation",
-        "auto_map",
-        "experts_implementation",
-        "model_type",
-        "name_or_path",
-    ),
-    *("num_labels", "output_attentions", "partial_rotary_factor", "per_layer_config", "quantization_config"),
-    *("rope_scaling", "rope_theta", "torch_dtype"),
-}
 QK_NORMS = ("none", "full", "head", "head_after_rope")
+
+_SIZES = (
+    *("recurrences", "vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
+_KNOWN_TO_TRANSFORMERS = frozenset(GenerationConfig().to_dict()) | set(
+    ["_attn_implementation", "_attn_implementation_internal", "_commit_hash", "_experts_implementation_internal", "_name_or_path", "attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions", "partial_rotary_factor", "per_layer_config", "quantization_config", "rope_scaling", "rope_theta", "torch_dtype"]
+)
+"""Beyond its fields: what transformers' own constructor reads, writes into files, or once did."""
+
+
+def _read(name: str, kind: str, value: Any) -> Any:
+    """A field's value as Python's own type, numbers of numpy and tensors too.
+
+    Raises:
+        TypeError: If it is of another type.
+        ValueError: If it is no whole number, or no size, where one belongs.
+    """
+    wanted = kind.removesuffix(" | None")
+    if wanted not in ("int", "float", "bool", "str") or (value is None and wanted != kind):
+        return value
+    if wanted == "int":
+        return whole(value, name, 1 if name in _SIZES else None)
+    if wanted == "float" and isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    if wanted != "float" and isinstance(value, {"bool": bool, "str": str}[wanted]):
+        return value
+    raise TypeError(f"{name} must be a {wanted}, got {value!r}")
 
 
 class LoopedConfig(PreTrainedConfig):
@@ -72,6 +85,7 @@ class LoopedConfig(PreTrainedConfig):
         initial_state: State before the first iteration: the ``"prelude"``'s output, ``"zeros"``,
             or ``"noise"`` from a normal distribution cut at three standard deviations.
         initial_state_std: Its standard deviation.
+        initial_state_seed: The noise's seed, or ``"zeros"`` for zeros in its stead.
         prelude_norm: Whether the prelude's output is normed.
         loop_norm: Whether the state is normed after every iteration (by the final norm's weights).
         post_loop_norm: Whether the state is normed once, after the last iteration (likewise).
@@ -109,6 +123,7 @@ class LoopedConfig(PreTrainedConfig):
     injection: str = "linear"
     initial_state: str = "noise"
     initial_state_std: float = 0.3
+    initial_state_seed: int | str = 0
     prelude_norm: bool = False
     loop_norm: bool = False
     post_loop_norm: bool = False
@@ -134,8 +149,13 @@ class LoopedConfig(PreTrainedConfig):
     published: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        fields = {name for name in type(self).__dataclass_fields__ if not name.startswith("_")}
-        require_keywords(kwargs, fields | _KNOWN_TO_TRANSFORMERS, "LoopedConfig()")
+        names = {each.name for each in fields(self) if not each.name.startswith("_")}
+        saved = "model_type" in kwargs  # a config.json may hold what another version of transformers knows
+        given = [name for name in kwargs if not saved or get_close_matches(name, names, n=1, cutoff=0.8)]
+        require_keywords(given, names | _KNOWN_TO_TRANSFORMERS, "LoopedConfig()")
+        for each in fields(self):
+            if each.name in LoopedConfig.__annotations__:
+                setattr(self, each.name, _read(each.name, str(each.type), getattr(self, each.name)))
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
@@ -159,8 +179,10 @@ class LoopedConfig(PreTrainedConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {allowed}")
-        if self.recurrences < 1:
-            raise ValueError(f"recurrences must be at least 1, got {self.recurrences}")
+        if self.initial_state_seed != "zeros":
+            self.initial_state_seed = whole(
+                self.initial_state_seed, "initial_state_seed is 'zeros' or a seed, which"
+            )
         if self.core_layers < 1 or self.prelude_layers < 0 or self.coda_layers < 0:
             raise ValueError(
                 "a looped model needs at least one core layer and no negative sizes, got prelude "

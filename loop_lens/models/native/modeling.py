@@ -24,7 +24,7 @@ from loop_lens.models.native.layers import (
     LoopedRMSNorm,
     ScaledEmbedding,
 )
-from loop_lens.models.native.state import InitialState, draw_initial_state
+from loop_lens.models.native.state import InitialState, draw_initial_state, require_initial_state
 from loop_lens.unrolling.keywords import keywords_of, require_keywords
 from loop_lens.unrolling.kv import CACHE_NAME
 from loop_lens.unrolling.numbers import whole
@@ -142,11 +142,23 @@ class LoopedModel(LoopedPreTrainedModel):
         self.norm = LoopedRMSNorm(d_model, config.rms_norm_eps)
         # In a tuple it is no submodule, so its weights have no second name in the state dict.
         self._unregistered = (tied_clone(self.norm),)
-        self.initial_state: InitialState = 0
+        self._given_state: Tensor | None = None
         self.site: Site = _no_site
         self.times: Callable[[], int] | None = None
         self.gradient_checkpointing = False
         self.post_init()
+
+    @property
+    def initial_state(self) -> InitialState:
+        """What the state before the first iteration is made from; seeds and ``"zeros"`` are the config's."""
+        return self.config.initial_state_seed if self._given_state is None else self._given_state
+
+    @initial_state.setter
+    def initial_state(self, value: Any) -> None:
+        value = require_initial_state(value, self.config.hidden_size)
+        self._given_state = value if isinstance(value, Tensor) else None
+        if not isinstance(value, Tensor):
+            self.config.initial_state_seed = value
 
     @property
     def inner_norm(self) -> LoopedRMSNorm:

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from loop_lens.models.native.config import LoopedConfig
+from loop_lens.unrolling.numbers import whole
 
 InitialState = int | str | Tensor
 """A seed of the family's own noise, ``"zeros"``, or a state [batch pos d_model]."""
 
 
-def require_initial_state(value: object, d_model: int) -> None:
-    """Raise unless a value can serve as an initial state."""
-    if isinstance(value, Tensor):
+def require_initial_state(value: Any, d_model: int) -> InitialState:
+    """A value that can serve as an initial state, seeds as Python's own numbers.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if isinstance(value, Tensor) and value.ndim:
         if value.ndim != 3 or value.shape[-1] != d_model:
             raise ValueError(
                 f"initial_state has shape {tuple(value.shape)}, but a state is [batch pos d_model={d_model}]"
             )
-    elif isinstance(value, bool) or not (isinstance(value, int) or value == "zeros"):
-        raise ValueError(
-            f"initial_state={value!r} is neither a seed, nor 'zeros', nor a tensor [batch pos {d_model}]"
-        )
+        return value
+    if isinstance(value, str) and value == "zeros":
+        return value
+    return whole(value, f"initial_state is 'zeros', a tensor [batch pos {d_model}], or a seed, which")
 
 
 def draw_initial_state(
@@ -40,7 +47,7 @@ def draw_initial_state(
         past: Number of positions already in the key-value cache.
         cached: Whether a cache is in use, so that a given state may cover later positions too.
     """
-    require_initial_state(spec, config.hidden_size)
+    spec = require_initial_state(spec, config.hidden_size)
     if isinstance(spec, Tensor):
         return _given_state(spec, e, past, cached)
     if spec == "zeros" or config.initial_state == "zeros":
