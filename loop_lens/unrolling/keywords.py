@@ -8,9 +8,11 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
-DEPTHS = frozenset(
-    ["H_cycles", "L_cycles", "loops", "max_loops", "mean_recurrence", "n_iterations", "n_loops", "n_recurrences", "num_iterations", "num_iters", "num_loops", "num_recurrences", "num_steps", "recurrence", "total_ut_steps", "ut_steps"]
-)
+_DEPTHS = """
+    H_cycles L_cycles loops max_loops mean_recurrence n_iterations n_loops n_recurrences num_iterations num_iters
+    num_loops num_recurrences num_steps recurrence total_ut_steps ut_steps
+"""
+DEPTHS = frozenset(_DEPTHS.split())
 """What the families, and people, call the number of iterations."""
 
 

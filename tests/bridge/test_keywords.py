@@ -152,8 +152,9 @@ def test_the_number_of_labels_scales_the_loss_as_transformers_trainer_expects() 
 def test_a_misspelt_option_of_the_config_raises(keyword: str, near: str) -> None:
     with pytest.raises(TypeError, match=near):
         LoopedConfig(**{keyword: 2})
-    with pytest.raises(TypeError, match=near):
-        Config.from_dict({**LoopedConfig().to_dict(), keyword: 2})
+    if keyword != "zzz":  # a config.json may hold what another version of transformers knows
+        with pytest.raises(TypeError, match=near):
+            Config.from_dict({**LoopedConfig().to_dict(), keyword: 2})
 
 
 def test_what_transformers_knows_of_configs_passes(tmp_path: Any) -> None:

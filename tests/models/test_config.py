@@ -26,12 +26,12 @@ WRONG = {
 @pytest.mark.parametrize("name", [each.name for each in OWN])
 def test_a_misspelt_option_is_refused_with_the_nearest_name(name: str) -> None:
     middle = len(name) // 2
-    with pytest.raises(TypeError, match=r"no option .*: did you mean \w+\?"):
+    with pytest.raises(TypeError, match=r"unexpected keyword argument .*: did you mean '\w+'\?"):
         Config(**{name[:middle] + name[middle + 1 :]: 1})
 
 
-def test_an_option_that_nothing_resembles_is_refused_with_what_there_is() -> None:
-    with pytest.raises(TypeError, match=r"no option 'zzz'; there are .*recurrences"):
+def test_an_option_that_nothing_resembles_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'zzz'"):
         Config(**{"zzz": 1})
 
 
@@ -39,7 +39,7 @@ def test_a_saved_config_may_hold_what_another_version_of_transformers_knows_but_
     saved = LoopedConfig(recurrences=7).to_dict()
     assert LoopedConfig.from_dict(saved | {"zzz": 1}).recurrences == 7
     saved["recurences"] = saved.pop("recurrences")
-    with pytest.raises(TypeError, match=r"did you mean recurrences\?"):
+    with pytest.raises(TypeError, match=r"did you mean 'recurrences'\?"):
         LoopedConfig.from_dict(saved)
 
 

@@ -53,11 +53,6 @@ class NativeBody(LoopBody):
     def base(self, schedule: Schedule) -> None:
         self.config.recurrences = schedule.loops["loop"].times
 
-    @property
-    def config_fields(self) -> dict[str, Any]:
-        """The number of iterations in force."""
-        return {"recurrences": self.schedule.loops["loop"].times}
-
     def require_resumable(self, start: int, prelude_out: Tensor | None) -> dict[str, Any]:
         """An injection still to come needs the prelude's output."""
         firing = self.schedule[start]
@@ -83,12 +78,12 @@ class NativeBody(LoopBody):
 
     @property
     def config_fields(self) -> dict[str, Any]:
-        """Nothing: the config holds all but an initial state that is a tensor, which is not saved."""
+        """The number of iterations in force; a tensor as initial state is not saved."""
         if isinstance(self.model.initial_state, Tensor):
             warnings.warn(
                 "initial_state is a tensor, which is not saved: give it to boot() again", stacklevel=4
             )
-        return {}
+        return {"recurrences": self.schedule.loops["loop"].times}
 
     @property
     def injects(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from loop_lens.unrolling.keywords import require_keywords
+from loop_lens.unrolling.keywords import DEPTHS, require_keywords
 from loop_lens.unrolling.numbers import whole
 from loop_lens.unrolling.schedule import Schedule
 from loop_lens.unrolling.tree import Blocks, Loop, Segments
@@ -24,9 +24,12 @@ _SIZES = (
     *("recurrences", "vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"),
     *("num_attention_heads", "num_key_value_heads", "head_dim"),
 )
-_KNOWN_TO_TRANSFORMERS = frozenset(GenerationConfig().to_dict()) | set(
-    ["_attn_implementation", "_attn_implementation_internal", "_commit_hash", "_experts_implementation_internal", "_name_or_path", "attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions", "partial_rotary_factor", "per_layer_config", "quantization_config", "rope_scaling", "rope_theta", "torch_dtype"]
-)
+_ON_TOP = """
+    _attn_implementation _attn_implementation_internal _commit_hash _experts_implementation_internal _name_or_path
+    attn_implementation auto_map experts_implementation model_type name_or_path num_labels output_attentions
+    partial_rotary_factor per_layer_config quantization_config rope_scaling rope_theta torch_dtype
+"""
+_KNOWN_TO_TRANSFORMERS = frozenset(GenerationConfig().to_dict()) | set(_ON_TOP.split())
 """Beyond its fields: what transformers' own constructor reads, writes into files, or once did."""
 
 
@@ -151,7 +154,9 @@ class LoopedConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         names = {each.name for each in fields(self) if not each.name.startswith("_")}
         saved = "model_type" in kwargs  # a config.json may hold what another version of transformers knows
-        given = [name for name in kwargs if not saved or get_close_matches(name, names, n=1, cutoff=0.8)]
+        given = [
+            n for n in kwargs if not saved or n in DEPTHS or get_close_matches(n, names, n=1, cutoff=0.8)
+        ]
         require_keywords(given, names | _KNOWN_TO_TRANSFORMERS, "LoopedConfig()")
         for each in fields(self):
             if each.name in LoopedConfig.__annotations__:
