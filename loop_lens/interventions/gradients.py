@@ -10,6 +10,7 @@ of patching that whole site, which first order does not.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,6 +25,7 @@ from loop_lens.interventions.grid import Grid, Pair
 from loop_lens.interventions.metrics import MetricLike, per_prompt
 from loop_lens.interventions.plan import Batch, Cell
 from loop_lens.interventions.results import SweepResult
+from loop_lens.measuring.gradients import differentiates
 from loop_lens.unrolling.sites import Layout, Site
 
 Estimate = Literal["attribution", "integrated"]
@@ -45,6 +47,7 @@ def require_gradient(site: str, method: str, steps: int) -> None:
         raise ValueError(f"the site {site!r} has no gradient of its own: {why}")
 
 
+@differentiates
 def estimate(
     model: HookedLoopedTransformer,
     pair: Pair,
@@ -57,14 +60,16 @@ def estimate(
 ) -> SweepResult:
     """The base run's metric plus the estimated effect of each cell of a grid."""
     names = [each.flat for each in grid.sites]
+    pair = replace(
+        pair, clean=pair.clean.clone(), corrupted=pair.corrupted.clone()
+    )  # perhaps inference tensors
     with torch.no_grad():
         donor_logits, donor = model.run_with_cache(pair.donor, names_filter=names)
         donor_value, _ = per_prompt(measure(donor_logits), len(pair.donor))
-    with torch.enable_grad():
-        if method == "attribution":
-            base_value, scores = _first_order(model, pair, measure, grid.sites, donor)
-        else:
-            base_value, scores = _integrated(model, pair, measure, grid.sites, donor, steps, progress)
+    if method == "attribution":
+        base_value, scores = _first_order(model, pair, measure, grid.sites, donor)
+    else:
+        base_value, scores = _integrated(model, pair, measure, grid.sites, donor, steps, progress)
     effects = torch.stack([_sum(scores, *place[1:], grid.layout) for place in grid.places])
     several = base_value.ndim == 1
     mean = base_value.mean() if several else base_value
@@ -110,7 +115,8 @@ def _first_order(
     names = {site: model.registry.canonical(site.flat) for site in sites}
     # The backward stops at the first tensor that it is asked for, before that one's hook has fired.
     wanted = [model.registry.canonical("embed.hook_out"), *dict.fromkeys(names.values())]
-    run: Any = cache_activation_and_gradient(model, pair.base, metric, wanted)
+    with model.hooks(fwd_hooks=[("embed.hook_out", _recorded)]):
+        run: Any = cache_activation_and_gradient(model, pair.base, metric, wanted)
     scores: dict[Site, Tensor] = {}
     for site in sites:
         gradient, value = run.gradients[names[site]], run.activations[names[site]]
@@ -118,6 +124,11 @@ def _first_order(
             gradient = torch.zeros_like(value)  # nothing after it reaches the metric
         scores[site] = _by_place((donor[site.flat] - value) * gradient, site.layout)
     return values[0], scores
+
+
+def _recorded(value: Tensor, hook: Any) -> Tensor:
+    """The embedding, recorded by autograd where its weights are frozen, too."""
+    return value if value.requires_grad else value.requires_grad_()
 
 
 def _integrated(

@@ -14,9 +14,11 @@ from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.lenses.coda import coda_start
 from loop_lens.lenses.jacobian import LoopJacobianLens
 from loop_lens.lenses.tuned import fingerprint
+from loop_lens.measuring.gradients import differentiates
 from loop_lens.prompts.reader import device_of, read_prompts
 
 
+@differentiates
 def fit_jacobian_lens(
     model: HookedLoopedTransformer,
     prompts: Any,
@@ -129,22 +131,21 @@ def _derivatives(
     valid = torch.arange(skip_first, n - 1)
     names = [*dict.fromkeys([*sources.values(), target])]
     means = {key: torch.zeros(d_model, d_model) for key in sources}
-    with torch.enable_grad():
-        hooks = [(name, see(name)) for name in names]
-        model.run_with_hooks(tokens.expand(dim_batch, -1), fwd_hooks=hooks, return_type=None)
-        for start in range(0, d_model, dim_batch):
-            size = min(dim_batch, d_model - start)
-            cotangent = torch.zeros_like(seen[target])
-            rows = torch.arange(size)
-            cotangent[rows[:, None], valid[None], start + rows[:, None]] = 1.0
-            gradients = torch.autograd.grad(
-                seen[target],
-                [seen[name] for name in sources.values()],
-                cotangent,
-                retain_graph=start + size < d_model,
-                allow_unused=True,
-            )
-            for key, gradient in zip(sources, gradients, strict=True):
-                if gradient is not None:
-                    means[key][start : start + size] = gradient[:size, valid].float().mean(1).cpu()
+    hooks = [(name, see(name)) for name in names]
+    model.run_with_hooks(tokens.expand(dim_batch, -1), fwd_hooks=hooks, return_type=None)
+    for start in range(0, d_model, dim_batch):
+        size = min(dim_batch, d_model - start)
+        cotangent = torch.zeros_like(seen[target])
+        rows = torch.arange(size)
+        cotangent[rows[:, None], valid[None], start + rows[:, None]] = 1.0
+        gradients = torch.autograd.grad(
+            seen[target],
+            [seen[name] for name in sources.values()],
+            cotangent,
+            retain_graph=start + size < d_model,
+            allow_unused=True,
+        )
+        for key, gradient in zip(sources, gradients, strict=True):
+            if gradient is not None:
+                means[key][start : start + size] = gradient[:size, valid].float().mean(1).cpu()
     return means

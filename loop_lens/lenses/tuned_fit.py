@@ -16,10 +16,12 @@ from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.lenses.base import sites_of
 from loop_lens.lenses.logit import LogitLens, is_normed
 from loop_lens.lenses.tuned import TunedLens, fingerprint, translator_key
+from loop_lens.measuring.gradients import differentiates
 from loop_lens.prompts.reader import device_of, read_batch, read_prompts
 from loop_lens.unrolling.sites import Site
 
 
+@differentiates
 def fit_tuned_lens(
     model: HookedLoopedTransformer,
     prompts: Any,
@@ -93,9 +95,8 @@ def fit_tuned_lens(
         streams, wanted = _run(model, [training[i] for i in picked], found)
         optimizer.zero_grad()
         for site in found:
-            with torch.enable_grad():
-                loss = _kl(model, lens.translate(streams[site.flat], site), wanted, site)
-                (loss / len(found)).backward()
+            loss = _kl(model, lens.translate(streams[site.flat], site), wanted, site)
+            (loss / len(found)).backward(inputs=list(lens.parameters()))
         optimizer.step()
         decay.step()
     lens.requires_grad_(False)
