@@ -8,20 +8,18 @@ while an edit is in force, and what makes edits right in every step of ``generat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.unrolling.sites import Layout, layout_of
-
-_ACTIVE: WeakKeyDictionary[HookedLoopedTransformer, list[Edit]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,8 @@ class Edit:
 class Surgery:
     """Edits in force within a context: ``with surgery: ...``, around any run of the model.
 
-    Leaving the context takes them away, whatever happened in it. Contexts nest.
+    Leaving the context takes them away, whatever happened in it, and so does losing the last reference to one
+    that was entered by hand. Contexts nest.
 
     Attributes:
         model: The model.
@@ -163,7 +162,7 @@ class Surgery:
 
     model: HookedLoopedTransformer
     edits: Sequence[Edit]
-    _stack: ExitStack | None = field(default=None, init=False, repr=False)
+    _hooks: AbstractContextManager[Any] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for one in self.edits:
@@ -177,36 +176,39 @@ class Surgery:
                 self.model.locate(name)
 
     def __enter__(self) -> HookedLoopedTransformer:
-        if self._stack is not None:
+        if self._hooks is not None:
             raise RuntimeError("this surgery is in force already")
         reads = dict.fromkeys(name for one in self.edits for name in one.reads)
         hooks: list[Any] = [(name, _Reader(self.model, name)) for name in reads]
         hooks += [(one.name, _Editor(self.model, one)) for one in self.edits]
-        stack = ExitStack()
-        stack.enter_context(self.model.hooks(fwd_hooks=hooks))
-        active = active_edits(self.model)
-        active.extend(self.edits)
-        stack.callback(lambda: _remove(active, self.edits))
-        self._stack = stack
+        context = self.model.hooks(fwd_hooks=hooks)
+        context.__enter__()
+        self._hooks = context
         return self.model
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        stack, self._stack = self._stack, None
-        if stack is not None:
-            stack.close()
+        context, self._hooks = self._hooks, None
+        if context is not None:
+            context.__exit__(None, None, None)
 
 
 def active_edits(model: HookedLoopedTransformer) -> list[Edit]:
     """The edits in force on a model."""
-    return _ACTIVE.setdefault(model, [])
+    return [hook.edit for _, hook in _hooks_of(model) if isinstance(hook, _Editor)]
 
 
-def _remove(active: list[Edit], edits: Sequence[Edit]) -> None:
-    for one in edits:
-        index = next(i for i, other in enumerate(active) if other is one)
-        del active[index]
+def foreign_hooks(model: HookedLoopedTransformer) -> list[str]:
+    """Names of hook points with forward hooks that are not edits: these know nothing of rows."""
+    return [point.name or "?" for point, hook in _hooks_of(model) if not isinstance(hook, _Reader | _Editor)]
+
+
+def _hooks_of(model: HookedLoopedTransformer) -> Iterator[tuple[HookPoint, Any]]:
+    """Every forward hook that was put on a hook point, with the point."""
+    for point in model.registry.existing():
+        for handle in point.fwd_hooks:
+            yield point, handle.user_hook
 
 
 @dataclass
@@ -242,13 +244,3 @@ class _Editor:
         rows = None if run.rows is None else run.rows[: len(value)]
         view = View(self.layout, run.offset, rows, live)
         return self.edit.apply(value, view)
-
-
-def foreign_hooks(model: HookedLoopedTransformer) -> list[str]:
-    """Names of hook points with forward hooks that are not edits: these know nothing of rows."""
-    names: list[str] = []
-    for point in model.registry.existing():
-        for hook in point.fwd_hooks:
-            if not isinstance(hook.user_hook, _Reader | _Editor):
-                names.append(point.name or "?")
-    return names

@@ -88,6 +88,7 @@ class Engine:
 
     def __init__(self, model: HookedLoopedTransformer, tokens: Tensor, abilities: Abilities) -> None:
         self.model, self.tokens, self.abilities = model, tokens, abilities
+        self.edits = active_edits(model)
         self.n_prompts, self.n_positions = tokens.shape
         forward = inspect.signature(type(model.original_model).forward).parameters
         self.picks_logits = "logits_to_keep" in forward
@@ -101,7 +102,7 @@ class Engine:
             return -1
         start = min(site.start for site in sites)
         # What an edit reads must fire in the same forward as the edit.
-        for edit in active_edits(self.model):
+        for edit in self.edits:
             if self.model.locate(edit.name).start >= start:
                 reads = (self.model.locate(name).start for name in edit.reads)
                 start = min([start, *reads])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +23,7 @@ from loop_lens.interventions import (
     steer,
     transplant,
 )
+from loop_lens.interventions.edits import active_edits
 from tests.interventions.models import MODELS, difference, opened, prompts, wrapped
 
 Model = HookedLoopedTransformer
@@ -377,3 +378,49 @@ def test_at_a_fixed_point_late_transplants_change_little() -> None:
     result = patch_sweep(model, tokens, other, difference, site="state", over="iteration")
     reach = result.effect.abs()
     assert reach[0] < 1e-5 and reach[-1] > 1e-2 and reach[-1] > 10 * reach[-8]
+
+
+@torch.no_grad()
+def test_an_abandoned_surgery_ends_with_its_object() -> None:
+    model = opened("huginn")
+    tokens, _ = prompts(model)
+    before = model(tokens)
+    surgery = ablate(model, "z", iterations=1)
+    surgery.__enter__()
+    assert not torch.equal(model(tokens), before) and len(active_edits(model)) == 2
+    del surgery
+    assert torch.equal(model(tokens), before) and not active_edits(model)
+    assert not any(point.fwd_hooks for point in model.registry.existing())
+
+
+@torch.no_grad()
+def test_hooks_that_were_reset_leave_no_edit_in_force() -> None:
+    model = opened("huginn")
+    with ablate(model, "z", iterations=1):
+        model.reset_hooks()
+        assert not active_edits(model)
+    assert not active_edits(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1)])
+def test_surgeries_are_left_in_any_order(order: tuple[int, ...]) -> None:
+    model = opened("huginn")
+    tokens, _ = prompts(model)
+
+    vector = torch.linspace(-1, 1, model.cfg.d_model)
+    three = [ablate(model, "z", iterations=1), steer(model, vector, iterations=0), skip(model, 2)]
+
+    def within(chosen: list[Any]) -> Tensor:
+        with ExitStack() as stack:
+            for one in chosen:
+                stack.enter_context(one)
+            return model(tokens)
+
+    rest = [[three[i] for i in range(3) if i not in order[: k + 1]] for k in range(3)]
+    expected = [within(chosen) for chosen in rest]
+    for one in three:
+        one.__enter__()
+    for index, logits in zip(order, expected, strict=True):
+        three[index].__exit__(None, None, None)
+        assert torch.equal(model(tokens), logits)

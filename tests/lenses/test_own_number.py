@@ -56,7 +56,7 @@ def test_a_norm_that_is_not_found_is_told() -> None:
         norm: Any = block.attn_post_norm
         norm.__class__ = type("Rescaling", (type(norm),), {})
     model = loop_lens.wrap(net)
-    with pytest.raises(ValueError, match="the terms of prompt . sum to"):
+    with pytest.raises(ValueError, match=r"the terms of prompt . sum to"):
         attribute(model, prompts(model)[0], target=3)
 
 
