@@ -1,5 +1,8 @@
 """Hook points for every iteration and layer of looped language models."""
 
+import importlib
+from typing import Any
+
 from loop_lens.bridge.cache import LoopCache
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.interventions.results import SweepResult
@@ -39,3 +42,10 @@ __all__ = [
     "shipped_models",
     "wrap",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The rooms that are imported when they are asked for, so that ``loop_lens.dynamics`` is there."""
+    if name in ("data", "dynamics", "stages", "training"):
+        return importlib.import_module(f"loop_lens.{name}")
+    raise AttributeError(f"module 'loop_lens' has no attribute {name!r}")

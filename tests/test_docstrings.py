@@ -91,3 +91,10 @@ def test_the_example_does_what_it_says(
     for test in examples:
         runner.run(test, out=told.append)
     assert runner.failures == 0, "".join(told)
+
+
+def test_rooms_are_attributes_of_the_package() -> None:
+    for room in ("data", "dynamics", "stages", "training"):  # what importing loop_lens does not import
+        assert loop_lens.__getattr__(room) is importlib.import_module(f"loop_lens.{room}")
+    with pytest.raises(AttributeError, match="no attribute 'dynamic'"):
+        loop_lens.dynamic  # noqa: B018

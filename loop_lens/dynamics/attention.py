@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,12 +12,13 @@ from torch import Tensor
 
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics.distances import DISTANCES, PER_QUERY, require_distances, require_two_tokens
-from loop_lens.dynamics.states import LoopMeasured, LoopProbe, layer_of
+from loop_lens.dynamics.states import LoopMeasured, LoopProbe
 from loop_lens.figures.canvas import new_figure
 from loop_lens.figures.heatmap import draw_heatmap
 from loop_lens.measuring.collecting import measured
 from loop_lens.measuring.moments import Collector, Moments
 from loop_lens.measuring.results import merged
+from loop_lens.measuring.tables import grid_table
 from loop_lens.measuring.vectors import lengths
 from loop_lens.prompts.reader import Batch
 from loop_lens.unrolling.sites import Site
@@ -31,7 +31,6 @@ class AttentionSettling(LoopMeasured):
     """How each head's pattern moves per iteration.
 
     Attributes:
-        segment: The loop.
         reference: The number of iterations whose last patterns the distances are to, None without.
         tolerance: The step at which a prompt counts as settled.
         metric: The distance that the tolerance is of.
@@ -80,11 +79,9 @@ class AttentionSettling(LoopMeasured):
     ) -> Tensor:
         """Where each head settles, as its place among the iterations [layer head]; NaN where it never does.
 
-        Args:
-            tolerance: The largest mean step (or distance) of a head that has settled; as measured by default.
-            metric: Which distance; as measured by default.
-            of: ``"step"``: the first iteration after which every step stays within the tolerance.
-                ``"distance"``: the first from which every distance to the reference does.
+        By ``"step"`` it is the first iteration after which every mean step stays within the tolerance, by
+        ``"distance"`` the first from which every mean distance to the reference does; tolerance and metric are by
+        default those of the measurement.
 
         Raises:
             ValueError: If the tolerance is below the dtype's rounding, so that a head that stands still would
@@ -106,37 +103,20 @@ class AttentionSettling(LoopMeasured):
     def heads(
         self, tolerance: float | None = None, *, metric: str | None = None, of: Of = "step"
     ) -> pd.DataFrame:
-        """One row per head: where it settles, its last step, and the rounding beside it.
-
-        Args:
-            tolerance: As for `settled`.
-            metric: As for `settled`.
-            of: As for `settled`.
-
-        Returns:
-            Columns layer, head, settled (an iteration, None for never), last_step, floor, share_settled (of the
-            prompts, at the tolerance that was measured).
+        """One row per head: where it is `settled` (an iteration, None for never), its last step, the rounding, and
+        the share of prompts on which it has settled at the tolerance that was measured.
         """
         metric = metric or self.metric
         where = self.settled(tolerance, metric=metric, of=of)
-        last, floor = self.mean(f"{metric}_step")[-1], self.floor(metric)[-1]
+        columns = {
+            "last_step": self.mean(f"{metric}_step")[-1],
+            "floor": self.floor(metric)[-1],
+            "share_settled": self.share_settled[-1],
+        }
+        table = grid_table({"layer": self.layers, "head": self.moments.axes["head"]}, columns)
         settled = [None if at != at else self.iterations[int(at)] for at in where.flatten().tolist()]
-        layers, heads = zip(*self._heads, strict=True)
-        return pd.DataFrame(
-            {
-                "layer": layers,
-                "head": heads,
-                "settled": pd.Series(settled, dtype=object),
-                "last_step": last.flatten().tolist(),
-                "floor": floor.flatten().tolist(),
-                "share_settled": self.share_settled[-1].flatten().tolist(),
-            }
-        )
-
-    @property
-    def _heads(self) -> list[tuple[Any, Any]]:
-        """Layer and head of each head."""
-        return list(itertools.product(self.layers, self.moments.axes["head"]))
+        table.insert(2, "settled", pd.Series(settled, dtype=object))
+        return table
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per iteration, layer and head, with the mean and the spreads of each metric."""
@@ -160,7 +140,7 @@ class AttentionSettling(LoopMeasured):
         image = draw_heatmap(
             axes,
             grid,
-            rows=[f"{layer}.{head}" for layer, head in self._heads],
+            rows=[f"{layer}.{head}" for layer in self.layers for head in self.moments.axes["head"]],
             columns=self.iterations,
             row_name="layer.head",
             column_name="iteration",
@@ -196,10 +176,8 @@ class AttentionSettlingProbe(LoopProbe[AttentionSettling]):
     The reference must be given to ``measure``, too.
 
     Example:
-        >>> from loop_lens.dynamics import AttentionSettlingProbe
-        >>> from loop_lens.measuring import measure
-        >>> probe = AttentionSettlingProbe(model, metrics=("total_variation",))
-        >>> measure(model, prompts, [probe])
+        >>> probe = loop_lens.dynamics.AttentionSettlingProbe(model, metrics=("total_variation",))
+        >>> loop_lens.measuring.measure(model, prompts, [probe])
         >>> probe.result().metrics
         ('norm', 'total_variation_step')
     """
@@ -232,16 +210,14 @@ class AttentionSettlingProbe(LoopProbe[AttentionSettling]):
         self._prompts = 0
 
     def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
-        """Start a batch."""
         require_two_tokens(batch.lengths, batch.index)
         super().begin(batch, reference)
-        self._ends = {layer_of(site): value for site, value in reference.items()}
+        self._ends = {self.column(site): value for site, value in reference.items()}
         self._moved = torch.zeros(self.n_layers, self._heads, len(batch.tokens), device=batch.tokens.device)
 
     def take(self, site: Site, value: Tensor) -> None:
         """Compare with the iteration before, and with the reference."""
-        layer = layer_of(site)
-        cell = self._row[site.iteration], layer
+        cell = _, layer = self.cell(site)
         self._add("norm", cell, lengths(value), whole=True)
         if layer in self.before:
             self._compare("step", cell, value, self.before[layer])
@@ -268,7 +244,6 @@ class AttentionSettlingProbe(LoopProbe[AttentionSettling]):
         return each
 
     def end(self) -> None:
-        """Add the batch up."""
         self._ends = {}
         super().end()
         last = len(self.iterations) - 1
@@ -279,7 +254,6 @@ class AttentionSettlingProbe(LoopProbe[AttentionSettling]):
         self._prompts += moved.shape[-1]
 
     def result(self) -> AttentionSettling:
-        """What was measured so far, by this process."""
         about = (self.segment, self.reference, self.tolerance, self.metric, self._eps)
         return AttentionSettling(*about, self.collectors[0].moments(), self._prompts, self._settled.clone())
 

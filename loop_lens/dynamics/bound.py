@@ -36,7 +36,7 @@ from torch import Tensor
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.dynamics.distances import frobenius_rows, require_two_tokens, total_variation
 from loop_lens.dynamics.scores import head_norms
-from loop_lens.dynamics.states import LoopMeasured, LoopProbe, layer_of, named
+from loop_lens.dynamics.states import LoopMeasured, LoopProbe, named
 from loop_lens.figures.lines import line_figure
 from loop_lens.measuring.collecting import measured
 from loop_lens.measuring.moments import Collector, Moments
@@ -56,7 +56,6 @@ class AttentionBound(LoopMeasured):
     """Attention's step and its bounds, per head.
 
     Attributes:
-        segment: The loop.
         rotary: Whether queries and keys are turned by rotary embeddings.
         kappa: |W_Q W_K^T| of each head, spectral [layer head].
         kappa_product: |W_Q| |W_K| of each head [layer head].
@@ -122,10 +121,8 @@ class AttentionBoundProbe(LoopProbe[AttentionBound]):
     """Measures `AttentionBound` in a run of `loop_lens.measuring.measure`; options as in `attention_bound`.
 
     Example:
-        >>> from loop_lens.dynamics import AttentionBoundProbe
-        >>> from loop_lens.measuring import measure
-        >>> probe = AttentionBoundProbe(model)
-        >>> measure(model, prompts, [probe])
+        >>> probe = loop_lens.dynamics.AttentionBoundProbe(model)
+        >>> loop_lens.measuring.measure(model, prompts, [probe])
         >>> probe.result().kappa.shape  # layer head
         torch.Size([2, 4])
     """
@@ -149,20 +146,18 @@ class AttentionBoundProbe(LoopProbe[AttentionBound]):
         self.worst = {name: torch.full(shape, float("nan"), dtype=torch.float64) for name in RATIOS}
 
     def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
-        """Start a batch."""
         require_two_tokens(batch.lengths, batch.index)
         super().begin(batch, reference)
         self._inputs: dict[int, Tensor] = {}
 
     def take(self, site: Site, value: Tensor) -> None:
         """Note the input; at the pattern, compare with the iteration before."""
-        layer = layer_of(site)
+        cell = _, layer = self.cell(site)
         if site.short != "pattern":
             self._inputs[layer] = value.masked_fill(~self.mask.unsqueeze(-1), 0.0)
             return
         x = self._inputs.pop(layer)
         seen = _Seen(value, x, self._sizes(x, self._norms[layer].biased))
-        cell = (self._row[site.iteration], layer)
         self.put(cell, {"input_norm": seen.sizes[1].expand(self._heads, -1)})
         if layer in self.before:
             self._compare(cell, seen, self.before[layer])
@@ -210,7 +205,6 @@ class AttentionBoundProbe(LoopProbe[AttentionBound]):
             place.copy_(torch.fmax(place, ratio.amax(-1).cpu()))
 
     def result(self) -> AttentionBound:
-        """What was measured so far, by this process."""
         worst = {name: value.clone() for name, value in self.worst.items()}
         about = (self.segment, self.rotary, self.kappa, self.kappa_product)
         return AttentionBound(*about, self.collectors[0].moments(), worst)

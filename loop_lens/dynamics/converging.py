@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loop_lens.bridge.model import HookedLoopedTransformer
-from loop_lens.dynamics.states import LoopMeasured, LoopProbe, layer_of
+from loop_lens.dynamics.states import LoopMeasured, LoopProbe
 from loop_lens.measuring.collecting import measured
 from loop_lens.measuring.moments import Collector, Moments
 from loop_lens.measuring.vectors import cosines, distances, lengths, ratios
@@ -26,13 +26,11 @@ class Convergence(LoopMeasured):
     """How each layer settles, per iteration.
 
     Attributes:
-        segment: The loop.
         reference: The number of iterations whose last states the distances are to, None without.
         moments: Of each metric, over tokens (or prompts, or heads) [iteration layer].
 
     Example:
-        >>> from loop_lens.dynamics import convergence
-        >>> found = convergence(model, prompts, reference=32, progress=False)
+        >>> found = loop_lens.dynamics.convergence(model, prompts, reference=32, progress=False)
         >>> found.mean("cosine")[-1].tolist()  # to the states after 32 iterations, by layer
         [0.999..., 0.999...]
         >>> found.to_dataframe().shape[0], found.layers  # a row per iteration and layer
@@ -56,10 +54,8 @@ class ConvergenceProbe(LoopProbe[Convergence]):
     The reference must be given to ``measure``, too, unless states are kept.
 
     Example:
-        >>> from loop_lens.dynamics import ConvergenceProbe
-        >>> from loop_lens.measuring import measure
-        >>> probe = ConvergenceProbe(model, patterns=False)
-        >>> measure(model, prompts, [probe], progress=False)
+        >>> probe = loop_lens.dynamics.ConvergenceProbe(model, patterns=False)
+        >>> loop_lens.measuring.measure(model, prompts, [probe], progress=False)
         >>> probe.result().metrics
         ('norm', 'floor', 'step', 'relative_step', 'step_cosine', 'matrix_step')
     """
@@ -90,18 +86,17 @@ class ConvergenceProbe(LoopProbe[Convergence]):
         self.collectors = (Collector(names, axes),)
 
     def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
-        """Start a batch."""
         super().begin(batch, reference)
-        self._ends = {(site.short, layer_of(site)): value for site, value in reference.items()}
+        self._ends = {(site.short, site.layer): value for site, value in reference.items()}
         self._kept: list[tuple[Site, Tensor]] = []
 
     def take(self, site: Site, value: Tensor) -> None:
         """Compare with the iteration before, and with the reference."""
-        place = site.short, layer_of(site)
+        place = site.short, site.layer
         if site.short == "resid_post":
             norm = lengths(value)
             floor = norm * torch.finfo(value.dtype).eps
-            self.put(self._cell(site), {"norm": norm, "floor": floor}, self.mask)
+            self.put(self.cell(site), {"norm": norm, "floor": floor}, self.mask)
         if place in self.before:
             self._compare(site, value, self.before[place], STEP)
         self.before[place] = value
@@ -110,11 +105,8 @@ class ConvergenceProbe(LoopProbe[Convergence]):
         else:
             self._refer(site, value)
 
-    def _cell(self, site: Site) -> tuple[int, int]:
-        return self._row[site.iteration], layer_of(site)
-
     def _refer(self, site: Site, value: Tensor) -> None:
-        if (end := self._ends.get((site.short, layer_of(site)))) is None:
+        if (end := self._ends.get((site.short, site.layer))) is None:
             return
         self._compare(site, value, end, REFERRED)
         if site.short == "resid_post" and site.layer == 0:
@@ -122,10 +114,10 @@ class ConvergenceProbe(LoopProbe[Convergence]):
             cosine = torch.stack([cosines(value, end) for end in ends]).amin(0)
             distance = torch.stack([distances(value, end) for end in ends]).amax(0)
             farthest = {"degeneracy_cosine": cosine, "degeneracy_distance": distance}
-            self.put(self._cell(site), farthest, self.mask)
+            self.put(self.cell(site), farthest, self.mask)
 
     def _compare(self, site: Site, value: Tensor, other: Tensor, metrics: tuple[str, str, str]) -> None:
-        cell, far = self._cell(site), distances(value, other)
+        cell, far = self.cell(site), distances(value, other)
         if site.short == "pattern":
             whole = lengths(far.masked_fill(~self.mask[:, None], 0.0))
             self.put(cell, {f"pattern_{metrics[0]}": whole})
@@ -135,7 +127,6 @@ class ConvergenceProbe(LoopProbe[Convergence]):
         self.put(cell, {f"matrix_{metrics[0]}": lengths(far.masked_fill(~self.mask, 0.0))})
 
     def end(self) -> None:
-        """Add the batch up."""
         if self._keep:
             self._ends = self.before
         for site, value in self._kept:
@@ -144,7 +135,6 @@ class ConvergenceProbe(LoopProbe[Convergence]):
         super().end()
 
     def result(self) -> Convergence:
-        """What was measured so far, by this process."""
         return Convergence(self.segment, self.reference, self.collectors[0].moments())
 
 
@@ -183,8 +173,7 @@ def convergence(
         arXiv 2604.11791, M1 to M6 and M9; the relative step and the floor are additions.
 
     Example:
-        >>> from loop_lens.dynamics import convergence
-        >>> found = convergence(model, prompts, reference=32, progress=False)
+        >>> found = loop_lens.dynamics.convergence(model, prompts, reference=32, progress=False)
         >>> [round(step, 2) for step in found.mean("relative_step")[:, 1].tolist()]  # of layer 1
         [nan, 0.66, 0.44, 0.31, 0.2, 0.12, 0.1, 0.07]
     """

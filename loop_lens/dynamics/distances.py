@@ -16,17 +16,12 @@ _TINY = torch.finfo(torch.float32).tiny
 def total_variation(
     a: Float[Tensor, "*lead query key"], b: Float[Tensor, "*lead query key"]
 ) -> Float[Tensor, "*lead query"]:
-    """Half the sum of absolute differences: the attention that moved, 0 to 1.
-
-    Args:
-        a: Post-softmax attention.
-        b: The same of another firing.
+    """Half the sum of absolute differences of two firings' attention: what moved, 0 to 1.
 
     Example:
-        >>> from loop_lens.dynamics import total_variation
         >>> _, cache = model.run_with_cache(prompt)
         >>> patterns = cache.over_iterations("pattern", layer=1)  # iteration batch head query key
-        >>> moved = total_variation(patterns[1:], patterns[:-1])
+        >>> moved = loop_lens.dynamics.total_variation(patterns[1:], patterns[:-1])
         >>> moved.shape, bool(moved[-1].max() < moved[0].max())
         (torch.Size([7, 1, 4, 11]), True)
     """
@@ -40,10 +35,6 @@ def jensen_shannon(
 
     It is written in d = (a - b) / (a + b), whose divergence has no difference of nearly equal terms, so that
     patterns which differ by rounding alone are as close as they should be.
-
-    Args:
-        a: Post-softmax attention.
-        b: The same of another firing.
 
     Example:
         >>> from loop_lens.dynamics import jensen_shannon

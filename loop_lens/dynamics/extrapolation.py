@@ -42,8 +42,7 @@ class Extrapolation(Measured):
         convergence: How the loop's own states move in the same run, None where every R needs a run of its own.
 
     Example:
-        >>> from loop_lens.dynamics import extrapolate
-        >>> found = extrapolate(model, prompts, recurrences=(4, 8, 16), progress=False)
+        >>> found = loop_lens.dynamics.extrapolate(model, prompts, recurrences=(4, 8, 16), progress=False)
         >>> found.trained, found.to_dataframe().beyond.tolist()
         (8, [False, False, True])
         >>> figure = found.plot(("loss", "kl"))
@@ -91,10 +90,8 @@ class ExtrapolationProbe(Probe):
     The model is at the largest R or the trained one, whichever is more; options are those of `extrapolate`.
 
     Example:
-        >>> from loop_lens.dynamics import ExtrapolationProbe
-        >>> from loop_lens.measuring import measure
-        >>> probe = ExtrapolationProbe(model, recurrences=(2, 8), trained=8)
-        >>> measure(model, prompts, [probe], progress=False)
+        >>> probe = loop_lens.dynamics.ExtrapolationProbe(model, recurrences=(2, 8), trained=8)
+        >>> loop_lens.measuring.measure(model, prompts, [probe], progress=False)
         >>> probe.result().mean("agreement")[-1].item()  # with itself
         1.0
     """
@@ -115,7 +112,6 @@ class ExtrapolationProbe(Probe):
         return site.segment == self._loop and site.iteration in self._after
 
     def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
-        """Start a batch."""
         self._batch = batch
         self._right = _labels_of(batch, self._labels)
         self.mask = self._right != IGNORED
@@ -125,10 +121,7 @@ class ExtrapolationProbe(Probe):
         self.undefined = False
 
     def see(self, site: Site, value: Tensor) -> None:
-        """Take a state, and read it out when the reference is known.
-
-        States before the reference wait for it: they are small, their logits are not.
-        """
+        """Read a state out; those before the reference wait for it: they are small, their logits are not."""
         recurrences = self._after[site.iteration]
         if recurrences == self.trained:
             self.compare(recurrences, self._read(value, site))
@@ -159,7 +152,6 @@ class ExtrapolationProbe(Probe):
         self._collector.put(slice(None), (cell,), whole, self.mask)
 
     def end(self) -> None:
-        """Add the batch up."""
         self._pending, self._reference = [], None
         self._collector.end()
 
@@ -193,11 +185,7 @@ def _compared(
 
 
 def _labels_of(batch: Batch, labels: Any) -> Int[Tensor, "prompt pos"]:
-    """What is to be said at each position; `IGNORED` where nothing counts.
-
-    Raises:
-        ValueError: If a prompt has no label, or labels do not fit its tokens.
-    """
+    """What is to be said at each position; `IGNORED` where nothing counts."""
     right = torch.full_like(batch.tokens, IGNORED)
     lengths: list[int] = batch.lengths.tolist()
     for row, (prompt, length) in enumerate(zip(batch.index, lengths, strict=True)):
@@ -220,14 +208,6 @@ def _labels_of(batch: Batch, labels: Any) -> Int[Tensor, "prompt pos"]:
         if not bool((right[row] != IGNORED).any()):
             raise ValueError(f"prompt {prompt} has no label: give at least one that is not {IGNORED}")
     return right
-
-
-def reads_any_iteration(model: HookedLoopedTransformer) -> bool:
-    """Whether the state after iteration R - 1 of a longer run is the one that a run of R iterations ends with.
-
-    Not under loopify's rules that divide by the number of iterations.
-    """
-    return not model.body.depends_on_times
 
 
 @torch.no_grad()
@@ -280,38 +260,24 @@ def extrapolate(
     trained = model.recurrences if trained is None else trained
     every = sorted({*wanted, trained})
     probe = ExtrapolationProbe(model, wanted, trained, labels)
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "what": "extrapolation"}
     moves = None
     try:
-        if reads_any_iteration(model):
-            moves = _run_once(model, prompts, probe, every[-1], batch_size, progress)
+        if model.body.depends_on_times:
+            _run_each(model, prompts, probe, [trained, *(r for r in every if r != trained)], **options)
         else:
-            order = [trained, *(r for r in every if r != trained)]
-            _run_each(model, prompts, probe, order, batch_size, progress)
+            with model.at_recurrences(every[-1]):
+                loop = model.schedule.main_loop
+                segment = loop if loop in model.schedule.segments else None
+                moves = ConvergenceProbe(model, patterns=False, segment=segment)
+                # In this order, so that the iteration that diverged is named.
+                measure(model, prompts, [moves, probe], **options)
     except DivergedError as error:
         if not probe.undefined:
             raise
         said = f"what is said after {trained} iterations is NaN, and everything is compared with it"
         raise DivergedError(f"{said}: {error}") from None
-    return shared(probe.result(moves))
-
-
-def _run_once(
-    model: HookedLoopedTransformer,
-    prompts: Any,
-    probe: ExtrapolationProbe,
-    recurrences: int,
-    batch_size: int,
-    progress: bool,
-) -> Convergence:
-    """One forward per batch, of the most iterations."""
-    with model.at_recurrences(recurrences):
-        loop = model.schedule.main_loop
-        moves = ConvergenceProbe(
-            model, patterns=False, segment=loop if loop in model.schedule.segments else None
-        )
-        probes = [moves, probe]  # in this order, so that the iteration that diverged is named
-        measure(model, prompts, probes, batch_size=batch_size, progress=progress, what="extrapolation")
-    return moves.result()
+    return shared(probe.result(moves and moves.result()))
 
 
 def _run_each(
@@ -319,11 +285,10 @@ def _run_each(
     prompts: Any,
     probe: ExtrapolationProbe,
     recurrences: Sequence[int],
-    batch_size: int,
-    progress: bool,
+    **options: Any,
 ) -> None:
     """One forward per batch and R, the reference first."""
-    for batch in batches_shown(model, prompts, batch_size, progress=progress, what="extrapolation"):
+    for batch in batches_shown(model, prompts, **options):
         probe.begin(batch, {})
         for r in recurrences:
             with model.at_recurrences(r):

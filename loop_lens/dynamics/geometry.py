@@ -26,13 +26,11 @@ class StepGeometry(LoopMeasured):
     """How the trajectories of tokens run, per iteration and layer.
 
     Attributes:
-        segment: The loop.
         moments: Of each metric, over tokens [iteration layer]; the last layer is the state that leaves
             the iteration.
 
     Example:
-        >>> from loop_lens.dynamics import step_geometry
-        >>> found = step_geometry(model, prompts, progress=False)
+        >>> found = loop_lens.dynamics.step_geometry(model, prompts, progress=False)
         >>> found.layers
         (0, 1, 'state')
         >>> figure = found.plot("step_angle")
@@ -64,10 +62,8 @@ class StepGeometryProbe(StateProbe[StepGeometry]):
     """Measures `StepGeometry` in a run of `loop_lens.measuring.measure`; options as in `step_geometry`.
 
     Example:
-        >>> from loop_lens.dynamics import StepGeometryProbe
-        >>> from loop_lens.measuring import measure
-        >>> probe = StepGeometryProbe(model)
-        >>> measure(model, prompts, [probe], progress=False)
+        >>> probe = loop_lens.dynamics.StepGeometryProbe(model)
+        >>> loop_lens.measuring.measure(model, prompts, [probe], progress=False)
         >>> probe.result().metrics
         ('step', 'drift_to_loop', 'acceleration', 'resolved', 'contraction', 'step_angle')
     """
@@ -101,7 +97,6 @@ class StepGeometryProbe(StateProbe[StepGeometry]):
         self.before[cell[1]] = _Trail(trail.first, value, step, path)
 
     def result(self) -> StepGeometry:
-        """What was measured so far, by this process."""
         return StepGeometry(self.segment, self.collectors[0].moments())
 
 
@@ -132,8 +127,7 @@ def step_geometry(
         so drift is the displacement since its first iteration, and the ratio is per path length.
 
     Example:
-        >>> from loop_lens.dynamics import step_geometry
-        >>> found = step_geometry(model, prompts, progress=False)
+        >>> found = loop_lens.dynamics.step_geometry(model, prompts, progress=False)
         >>> [round(rate, 2) for rate in found.mean("contraction")[:, -1].tolist()]  # of the state
         [nan, nan, 0.65, 0.66, 0.61, 0.55, 0.64, 0.55]
     """

@@ -9,33 +9,19 @@ import torch
 from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]
+"""Each row's matrix times its vector, [row size] to [row size]."""
 _SPENT = 1e-10  # of a product's norm: float64 noise is 1e-16, what is left of float32 products 1e-7
 
 
 class Leading(NamedTuple):
-    """The leading value of each row's matrix.
-
-    Attributes:
-        value: Its modulus [row].
-        error: Norm of the residual of its vector [row]; for a singular value a bound on its error.
-    """
+    """The modulus of each row's leading value [row], and the norm of its vector's residual, a bound on the error."""
 
     value: Tensor
     error: Tensor
 
 
 def largest_eigenvalue(product: Product, rows: int, size: int, *, steps: int, seed: int) -> Leading:
-    """Largest modulus of an eigenvalue, by an Arnoldi process for all rows at once.
-
-    Unlike power iteration it also finds complex pairs.
-
-    Args:
-        product: Each row's matrix times its vector, [row size] to [row size].
-        rows: Number of matrices.
-        size: Of each.
-        steps: Size of the Krylov space.
-        seed: Seed of the first vectors.
-    """
+    """Largest modulus of an eigenvalue, by an Arnoldi process for all rows at once; finds complex pairs, too."""
     steps = min(steps, size)
     basis = torch.zeros(rows, steps, size, dtype=torch.float64)
     basis[:, 0] = _first(rows, size, seed)
@@ -57,16 +43,7 @@ def largest_eigenvalue(product: Product, rows: int, size: int, *, steps: int, se
 def largest_singular_value(
     product: Product, transposed: Product, rows: int, size: int, *, steps: int, seed: int
 ) -> Leading:
-    """Largest singular value, by Golub and Kahan's bidiagonalisation for all rows at once.
-
-    Args:
-        product: Each row's matrix times its vector, [row size] to [row size].
-        transposed: Each row's transposed matrix times its vector.
-        rows: Number of matrices.
-        size: Of each.
-        steps: Size of the Krylov spaces.
-        seed: Seed of the first vectors.
-    """
+    """Largest singular value, by Golub and Kahan's bidiagonalisation for all rows at once."""
     steps = min(steps, size)
     right = torch.zeros(rows, steps, size, dtype=torch.float64)
     right[:, 0] = _first(rows, size, seed)

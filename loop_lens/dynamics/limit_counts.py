@@ -31,23 +31,16 @@ class LimitTable(Result):
     """How many tokens behave in which way.
 
     Attributes:
-        segment: The loop.
-        of: Whether series were of cosines or of norms.
         reference: Number of iterations whose last state the series are to; None where each n has its own.
         layers: The loop's layers, then ``"state"``: what leaves the iteration.
-        n: Numbers of iterations.
-        tau: Tolerances.
-        rho: Shares.
         counts: Tokens of each kind, in the order of `loop_lens.dynamics.LIMIT_KINDS` [n tau rho layer kind].
         sums: Sums over tokens of what describes their kind: the frequency and the amplitude of orbits, the
             gradient of sliders [n tau rho layer 3].
-        moving: The tokens that are no fixed points at the first n, tau and rho, as columns: ``prompt``,
-            ``position``, ``layer`` and ``kind`` (indices), ``frequency``, ``amplitude``, ``gradient`` [token].
-            Prompts keep their numbers when results merge.
+        moving: The tokens that are no fixed points at the first n, tau and rho, as columns, see `moving_tokens`;
+            prompts keep their numbers when results merge.
 
     Example:
-        >>> from loop_lens.dynamics import limit_table
-        >>> table = limit_table(model, prompts, progress=False)
+        >>> table = loop_lens.dynamics.limit_table(model, prompts, progress=False)
         >>> table.percent.shape  # n tau rho layer kind; the last layer is the state
         torch.Size([1, 1, 1, 3, 4])
         >>> table.moving_tokens().kind.value_counts().to_dict()
@@ -111,10 +104,8 @@ class LimitTableProbe(StateProbe[LimitTable]):
     It needs a reference run: to ``reference``, or to the number of iterations that is measured.
 
     Example:
-        >>> from loop_lens.dynamics import LimitTableProbe
-        >>> from loop_lens.measuring import measure
-        >>> probe = LimitTableProbe(model, of="norm")
-        >>> measure(model, prompts, [probe], reference=model.recurrences, progress=False)
+        >>> probe = loop_lens.dynamics.LimitTableProbe(model, of="norm")
+        >>> loop_lens.measuring.measure(model, prompts, [probe], reference=model.recurrences, progress=False)
         >>> int(probe.result().counts[0, 0, 0, 0].sum())  # tokens at layer 0
         20
     """
@@ -203,7 +194,6 @@ class LimitTableProbe(StateProbe[LimitTable]):
         self._limits = {}
 
     def result(self) -> LimitTable:
-        """What was measured so far, by this process."""
         moving: dict[str, Tensor] = dict(zip(_COLUMNS, torch.cat(self._moving, 1), strict=True))
         moving |= {name: moving[name].long() for name in _COLUMNS[:4]}
         about = (self.segment, self.of, self.reference, self.columns, self.n, self.tau, self.rho)
@@ -247,9 +237,8 @@ def limit_table(
         and rho and the free reference are additions.
 
     Example:
-        >>> from loop_lens.dynamics import limit_table
         >>> with model.at_recurrences(32):
-        ...     table = limit_table(model, prompts, n=(16, 32), progress=False)
+        ...     table = loop_lens.dynamics.limit_table(model, prompts, n=(16, 32), progress=False)
         >>> table.percent[:, 0, 0, -1, 0].tolist()  # fixed points among the states, in percent
         [55.0, 90.0]
     """

@@ -27,8 +27,6 @@ class LimitingBehaviour(Result):
     """Where series go, with what decided it: of one series, or of many at one or several thresholds.
 
     Attributes:
-        tau: The tolerances.
-        rho: The shares.
         code: Each series' kind, as its place in `LIMIT_KINDS` [*tau *rho *series]. The dimensions of ``tau`` and
             ``rho`` are there if several were given.
         settled: Share of values within tau of the limit [*tau *series].
@@ -37,9 +35,8 @@ class LimitingBehaviour(Result):
         gradient: Slope towards the final state, per iteration [*series].
 
     Example:
-        >>> from loop_lens.dynamics import limiting_behaviour
         >>> cosines = torch.stack([torch.ones(12), torch.linspace(0, 0.5, 12)])
-        >>> found = limiting_behaviour(cosines, tau=(0.05, 0.1))
+        >>> found = loop_lens.dynamics.limiting_behaviour(cosines, tau=(0.05, 0.1))
         >>> found.kind[0].tolist()
         ['fixed point', 'slider']
         >>> found.to_dataframe().groupby("tau").settled.max().tolist()
@@ -83,7 +80,7 @@ def limiting_behaviour(
 
     Args:
         series: Cosine to the final state (or norm of the difference from it) per iteration, the final
-            iteration left out: one series [iteration], or many, e.g. [token iteration].
+            iteration left out.
         tau: How close to the final state counts as settled; half of it is the least amplitude of an orbit.
         rho: Share of iterations that must be settled for a fixed point.
         of: Whether the series hold cosines or norms.
@@ -97,9 +94,8 @@ def limiting_behaviour(
         the Hann-windowed, detrended spectrum without its constant.
 
     Example:
-        >>> from loop_lens.dynamics import limiting_behaviour
         >>> t = torch.arange(40)
-        >>> found = limiting_behaviour(0.5 + 0.3 * torch.cos(0.2 * torch.pi * t))
+        >>> found = loop_lens.dynamics.limiting_behaviour(0.5 + 0.3 * torch.cos(0.2 * torch.pi * t))
         >>> found.kind, round(float(found.frequency), 3)  # a tenth of a cycle per iteration
         ('orbit', 0.1)
     """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.bridge.names import find_sites
+from loop_lens.dynamics.states import starting_from
 from loop_lens.measuring.collecting import diverged, first_diverged
 from loop_lens.measuring.moments import DivergedError
 from loop_lens.unrolling.tree import Iteration
@@ -25,23 +24,15 @@ class IterationMap:
     What else enters it (the prelude's output, the other stack's state in nested loops) is held.
 
     Args:
-        model: The model; attention must be ``"eager"`` or ``"sdpa"``.
-        tokens: A prompt per row [row pos]; each row is a map of its own.
-        iteration: The iteration.
-        segment: The loop.
-        state: Where to take the derivative [row pos d_model]; the run's own state by default.
-        prompts: Whose of the model's initial states, where there is one per prompt, each row starts from
-            [row]; the first row from the first by default.
-        position: The position that each row is the map of, all others held [row]; all positions by default.
-
-    Attributes:
-        shape: Number of rows; numbers of a row that enter, and that leave.
-
-    Raises:
-        UnknownNameError: If there is no such iteration.
-        ValueError: If the state has another shape.
-        DivergedError: If it holds NaN or infinity; names the first iteration that does.
+        tokens: A prompt per row; each row is a map of its own.
+        state: Where to take the derivative; the run's own state by default.
+        prompts: Whose of the model's initial states, where there is one per prompt, each row starts from; by
+            default the first row from the first.
+        position: The position that each row is the map of, all others held; all positions by default.
     """
+
+    shape: tuple[int, int]
+    """Number of rows, and of the numbers of a row that enter, and that leave."""
 
     def __init__(
         self,
@@ -79,13 +70,14 @@ class IterationMap:
             seen["out"] = value if position is None else value[each, position]
             torch.set_grad_enabled(False)
 
+        initial = model.initial_state
+        if isinstance(initial, Tensor) and len(initial) > 1:
+            initial = initial[torch.arange(len(tokens)) if prompts is None else prompts]
         last = next(
             b.last for b in model.schedule.boundaries if b.segment == segment and b.iteration == iteration
         )
         # Flash attention has no second derivative, and products with the Jacobian itself take one.
-        if prompts is None:
-            prompts = torch.arange(len(tokens))
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _initial_states_of(model, prompts):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), starting_from(model, initial):
             model.run_with_hooks(
                 tokens,
                 fwd_hooks=[(start, enter), (end, leave)],
@@ -94,7 +86,7 @@ class IterationMap:
             )
         self._in, self._out = seen["in"], seen["out"]
         if not bool(self._in.isfinite().all() and self._out.isfinite().all()):
-            with _initial_states_of(model, prompts):
+            with starting_from(model, initial):
                 _raise_diverged(model, tokens, iteration, segment, given=state is not None)
         self.shape = len(tokens), self._in[0].numel()
         self._transposed: tuple[Tensor, Tensor] | None = None
@@ -105,11 +97,9 @@ class IterationMap:
         return product.reshape(self.shape).cpu().double()
 
     def jvp(self, vector: Float[Tensor, "row size"]) -> Float[Tensor, "row size"]:
-        """The Jacobian times a vector, in float64.
-
-        It is the derivative of the transposed product, which is linear in its vector: unlike forward-mode
-        differentiation that needs no second run of the model.
-        """
+        """The Jacobian times a vector, in float64."""
+        # It is the derivative of the transposed product, which is linear in its vector: unlike forward-mode
+        # differentiation that needs no second run of the model.
         if self._transposed is None:
             with torch.enable_grad():
                 dummy = torch.zeros_like(self._out, requires_grad=True)
@@ -121,20 +111,6 @@ class IterationMap:
 
     def _like(self, vector: Tensor) -> Tensor:
         return vector.reshape(self._out.shape).to(self._out)
-
-
-@contextmanager
-def _initial_states_of(model: HookedLoopedTransformer, prompts: Tensor) -> Generator[None, None, None]:
-    """Start rows from their own prompts' initial states, where there is one per prompt."""
-    given = model.initial_state
-    if not isinstance(given, Tensor) or len(given) == 1:
-        yield
-        return
-    model.initial_state = given[prompts.to(given.device)]
-    try:
-        yield
-    finally:
-        model.initial_state = given
 
 
 def _raise_diverged(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.bridge.names import find_sites
-from loop_lens.dynamics.states import LoopProbe
+from loop_lens.dynamics.states import LoopProbe, starting_from
 from loop_lens.figures.lines import line_figure
 from loop_lens.measuring.collecting import measured
 from loop_lens.measuring.moments import Collector, Moments
@@ -35,7 +34,6 @@ class PathIndependence(Result):
     """How alike the states are that the same prompt reaches from several initial states.
 
     Attributes:
-        segment: The loop.
         starts: The initial states: ``"own"``, ``"seed 1"``, ``"given 0"``, ``"prompt 0"`` (where another
             prompt ended).
         pairs: ``cosine``, ``distance`` and ``relative_distance`` (to the pair's mean norm) of the states that
@@ -44,8 +42,7 @@ class PathIndependence(Result):
             over the prompts' tokens at a position [iteration position].
 
     Example:
-        >>> from loop_lens.dynamics import path_independence
-        >>> found = path_independence(model, prompts, starts=2, progress=False)
+        >>> found = loop_lens.dynamics.path_independence(model, prompts, starts=2, progress=False)
         >>> found.starts, round(found.worst, 3)
         (('own', 'seed 1', 'seed 2'), 1.0)
         >>> found.pairs.axes["pair"]
@@ -74,11 +71,7 @@ class PathIndependence(Result):
         return float(self.positions.total[i, -1].sum() / self.positions.count[i, -1].sum())
 
     def merge(self, other: Self) -> Self:
-        """The result on both results' prompts.
-
-        Raises:
-            ValueError: If they are of different loops or initial states.
-        """
+        """The result on both results' prompts."""
         positions = _together(self.positions, other.positions)
         return replace(super().merge(replace(other, positions=self.positions)), positions=positions)
 
@@ -135,7 +128,7 @@ def path_independence(
     """
     probe = PathIndependenceProbe(model, starts=starts, others=others, segment=segment)
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "what": "path independence"}
-    with _started(model, 0):  # what it draws is replaced, but a given state would not fit the rows
+    with starting_from(model, 0):  # what it draws is replaced, but a given state would not fit the rows
         return measured(model, prompts, probe, rows=probe.rows, **options)
 
 
@@ -145,10 +138,8 @@ class PathIndependenceProbe(LoopProbe[PathIndependence]):
     Options are those of `path_independence`.
 
     Example:
-        >>> from loop_lens.dynamics import PathIndependenceProbe
-        >>> from loop_lens.measuring import measure
-        >>> probe = PathIndependenceProbe(model, others="e d d e d ? e ->")
-        >>> measure(model, ["a b b c a ? a ->"], [probe], rows=probe.rows, progress=False)
+        >>> probe = loop_lens.dynamics.PathIndependenceProbe(model, others="e d d e d ? e ->")
+        >>> loop_lens.measuring.measure(model, ["a b b c a ? a ->"], [probe], rows=probe.rows, progress=False)
         >>> probe.result().starts
         ('own', 'prompt 0')
     """
@@ -191,7 +182,7 @@ class PathIndependenceProbe(LoopProbe[PathIndependence]):
         """Each prompt once per initial state [start * prompt pos], and the hook that puts the states in."""
         states: list[Tensor] = []
         for drawn in self._drawn:
-            with _started(self._model, drawn):
+            with starting_from(self._model, drawn):
                 states.append(values_at(self._model, batch.tokens, [self._entry])[self._entry])
         states += [_fitted(state, batch, label) for label, state in self._given.items()]
         entering = torch.cat(states)
@@ -199,7 +190,6 @@ class PathIndependenceProbe(LoopProbe[PathIndependence]):
         return rows, [(self._entry.flat, lambda value, hook: entering.to(value))]
 
     def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
-        """Start a batch."""
         super().begin(batch, reference)
         self._places = self._by_position(batch.tokens.shape[1])
         self._places.begin(len(batch.tokens), batch.tokens.device)
@@ -219,13 +209,11 @@ class PathIndependenceProbe(LoopProbe[PathIndependence]):
         self.put(i, here, self.mask.T, to=self._places)
 
     def end(self) -> None:
-        """Add the batch up."""
         super().end()
         self._places.end()
         self._positions = _together(self._positions, self._places.moments())
 
     def result(self) -> PathIndependence:
-        """What was measured so far, by this process."""
         return PathIndependence(self.segment, self.starts, self.collectors[0].moments(), self._positions)
 
 
@@ -257,20 +245,6 @@ def _requested(
             "[start pos d_model], or others=prompts"
         )
     return seeds, []
-
-
-@contextmanager
-def _started(model: HookedLoopedTransformer, state: Any) -> Generator[None, None, None]:
-    """Start from another initial state, where the model leaves the choice."""
-    own = model.initial_state
-    if own is None:
-        yield
-        return
-    model.initial_state = state
-    try:
-        yield
-    finally:
-        model.initial_state = own
 
 
 def _fitted(state: Tensor, batch: Batch, label: str) -> Float[Tensor, "prompt pos d_model"]:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loop_lens.bridge.model import HookedLoopedTransformer
-from loop_lens.dynamics.states import STATE, Column, StateProbe, tidy
+from loop_lens.dynamics.states import STATE, Column, StateProbe, named, tidy
 from loop_lens.figures.canvas import new_figure
 from loop_lens.measuring.processes import shared
 from loop_lens.measuring.results import Result, merged
@@ -31,21 +31,17 @@ class Trajectories(Result):
     """One position's states of each prompt, by principal components.
 
     Attributes:
-        segment: The loop.
-        iterations: Its iterations, in order.
-        layers: Its layers, perhaps with ``"state"``.
-        fit: ``"joint"`` where all layers share components, ``"layer"`` where each has its own.
+        fit: ``"joint"`` where all layers share components (one group), ``"layer"`` where each has its own.
         prompt: Each prompt's place among those given [prompt].
         position: The position that is shown of it [prompt].
         coordinates: [prompt iteration layer component].
-        mean: What is subtracted first [group d_model]; one group, or one a layer.
+        mean: What is subtracted first [group d_model].
         components: Directions of unit length, the largest entry positive [group component d_model].
         variance: Of the states along each [group component].
         explained: The same as a share of the whole variance [group component].
 
     Example:
-        >>> from loop_lens.dynamics import trajectories
-        >>> found = trajectories(model, prompt, layers=[1, "state"], progress=False)
+        >>> found = loop_lens.dynamics.trajectories(model, prompt, layers=[1, "state"], progress=False)
         >>> found.quartile
         (1, 1, 2, 2, 3, 3, 4, 4)
         >>> figure = found.plot(projection="3d")
@@ -80,15 +76,7 @@ class Trajectories(Result):
         return tidy(table)
 
     def plot(self, *, prompt: int = 0, projection: Literal["2d", "3d"] = "2d") -> Any:
-        """One panel per quartile of iterations, one line per layer; a figure, not shown.
-
-        Args:
-            prompt: Which prompt, in the order of ``prompt``.
-            projection: Two components, or three.
-
-        Raises:
-            ValueError: If there are fewer components or prompts.
-        """
+        """One panel per quartile of iterations, one line per layer, of one prompt; a figure, not shown."""
         dims = 3 if projection == "3d" else 2
         if self.coordinates.shape[-1] < dims:
             raise ValueError(
@@ -107,8 +95,7 @@ class Trajectories(Result):
             at = [i for i, q in enumerate(self.quartile) if q == quarter]
             for k, layer in enumerate(self.layers):
                 points = self.coordinates[prompt, at, k, :dims].T.tolist()
-                label = layer if isinstance(layer, str) else f"layer {layer}"
-                axes.plot(*points, "o-", markersize=2.5, linewidth=0.7, label=label)
+                axes.plot(*points, "o-", markersize=2.5, linewidth=0.7, label=named(layer))
             axes.set(title=f"iterations {self.iterations[at[0]]} to {self.iterations[at[-1]]}")
             names = [
                 f"pc{c + 1}" + ("" if self.fit == "layer" else f" ({100 * self.explained[0, c]:.0f}%)")
@@ -123,12 +110,8 @@ class Trajectories(Result):
 
 @dataclass(frozen=True)
 class Scatter(Result):
-    """Number, mean and scatter matrix of vectors, perhaps of several groups; those of parts merge exactly.
-
-    Attributes:
-        count: How many vectors [*group].
-        mean: [*group d_model], in float64.
-        scatter: The sum of outer products of differences from the mean [*group d_model d_model], in float64.
+    """Number [*group] of vectors, their mean [*group d_model], and the sum of the outer products of differences from it
+    [*group d_model d_model], in float64; those of parts merge exactly.
     """
 
     count: Tensor
@@ -159,18 +142,7 @@ class Scatter(Result):
 
 @dataclass(frozen=True)
 class KeptStates(Result):
-    """The chosen states of some prompts, and the spread of all their states.
-
-    Attributes:
-        segment: The loop.
-        iterations: Its iterations, in order.
-        layers: The layers that were chosen, perhaps with ``"state"``.
-        fit: Whether the layers' states are one cloud, ``"joint"``, or one each, ``"layer"``.
-        scatter: Of the states at all positions, of each cloud; None without.
-        prompt: Each prompt's place among those given [prompt].
-        position: The position that was chosen [prompt].
-        states: [prompt iteration layer d_model].
-    """
+    """The chosen states of some prompts [prompt iteration layer d_model], and perhaps the scatter of all states."""
 
     segment: str
     iterations: tuple[Iteration, ...]
@@ -193,17 +165,13 @@ class KeptStates(Result):
         """
         order = self.prompt.argsort()
         states = self.states[order].double()
-        groups = states.transpose(0, 2)  # layer iteration prompt d_model
-        groups = groups.reshape(len(self.layers) if self.fit == "layer" else 1, -1, groups.shape[-1])
         if self.scatter is None:
+            groups = states.transpose(0, 2)  # layer iteration prompt d_model
+            groups = groups.reshape(len(self.layers) if self.fit == "layer" else 1, -1, groups.shape[-1])
             fitted = [_fit(cloud, components) for cloud in groups]
         else:
-            fitted = [
-                _fit_scatter(int(count), mean, scatter, components)
-                for count, mean, scatter in zip(
-                    self.scatter.count, self.scatter.mean, self.scatter.scatter, strict=True
-                )
-            ]
+            every = (self.scatter.count.tolist(), self.scatter.mean, self.scatter.scatter)
+            fitted = [_fit_scatter(*one, components) for one in zip(*every, strict=True)]
         mean, axes, variance, explained = (torch.stack(each) for each in zip(*fitted, strict=True))
         per_layer = axes.expand(len(self.layers), -1, -1)
         coordinates = torch.einsum("pild,lcd->pilc", states - mean[None, None], per_layer)
@@ -216,10 +184,8 @@ class TrajectoriesProbe(StateProbe[Trajectories]):
     """Keeps one position's states in a run of `loop_lens.measuring.measure`; options as in `trajectories`.
 
     Example:
-        >>> from loop_lens.dynamics import TrajectoriesProbe
-        >>> from loop_lens.measuring import measure
-        >>> probe = TrajectoriesProbe(model, position=0)
-        >>> measure(model, prompts, [probe], progress=False)
+        >>> probe = loop_lens.dynamics.TrajectoriesProbe(model, position=0)
+        >>> loop_lens.measuring.measure(model, prompts, [probe], progress=False)
         >>> probe.result(components=2).coordinates.shape  # prompt iteration layer component
         torch.Size([2, 8, 2, 2])
     """
@@ -283,7 +249,6 @@ class TrajectoriesProbe(StateProbe[Trajectories]):
             self._scatter[group] = self._scatter[group].merge(Scatter.of(value[self.mask]))
 
     def end(self) -> None:
-        """Finish a batch."""
         super().end()
         self._kept.append((torch.tensor(self._index), self._where.cpu(), self._states))
 
@@ -338,8 +303,7 @@ def trajectories(
         recurrence; fits per layer and to all tokens are additions.
 
     Example:
-        >>> from loop_lens.dynamics import trajectories
-        >>> found = trajectories(model, prompt, progress=False)
+        >>> found = loop_lens.dynamics.trajectories(model, prompt, progress=False)
         >>> [round(share, 2) for share in found.explained[0].tolist()]
         [0.56, 0.24, 0.11]
     """
@@ -354,7 +318,6 @@ def trajectories(
 
 def _fit(cloud: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean, directions, variances and their shares of vectors [vector d_model]."""
-    _require_components(components, *cloud.shape)
     mean = cloud.mean(0)
     _, singular, axes = torch.linalg.svd(cloud - mean, full_matrices=False)
     return mean, *_leading(axes, singular**2, len(cloud), components)
@@ -364,21 +327,17 @@ def _fit_scatter(
     count: int, mean: Tensor, scatter: Tensor, components: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same of vectors of which only mean and scatter are known."""
-    _require_components(components, count, len(mean))
     values, vectors = torch.linalg.eigh(scatter)
     return mean, *_leading(vectors.flip(1).T, values.flip(0).clamp_min(0), count, components)
 
 
-def _require_components(components: int, count: int, d: int) -> None:
-    most = min(count - 1, d)
-    if not 1 <= components <= most:
-        raise ValueError(
-            f"components={components} is not between 1 and {most}: {count} states of {d} numbers"
-        )
-
-
 def _leading(axes: Tensor, squares: Tensor, count: int, components: int) -> tuple[Tensor, Tensor, Tensor]:
     """The first directions, their largest entry positive, with variances and their shares of the whole."""
+    most = min(count - 1, axes.shape[1])
+    if not 1 <= components <= most:
+        raise ValueError(
+            f"components={components} is not between 1 and {most}: {count} states of {axes.shape[1]} numbers"
+        )
     axes = axes[:components]
     largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
     variance = squares / (count - 1)

@@ -10,29 +10,21 @@ from torch import Tensor
 
 
 class HeadNorms(NamedTuple):
-    """What the scores of an attention's heads are made of.
-
-    Attributes:
-        kappa: |W_Q W_K^T| of each query head, spectral [head].
-        product: |W_Q| |W_K| of each [head].
-        scale: What scores are multiplied by.
-        biased: Whether queries or keys have biases, which count as a row of the weights.
-    """
+    """What the scores of an attention's heads are made of."""
 
     kappa: Float[Tensor, " head"]
+    """|W_Q W_K^T| of each query head, spectral."""
     product: Float[Tensor, " head"]
+    """|W_Q| |W_K| of each."""
     scale: float
+    """What scores are multiplied by."""
     biased: bool
+    """Whether queries or keys have biases, which count as a row of the weights."""
 
 
 @torch.no_grad()
 def head_norms(attention: Any) -> HeadNorms:
-    """Norms of each query head's weights, without a d_model x d_model matrix.
-
-    Heads that share keys have the same W_K.
-
-    Args:
-        attention: A bridge's attention, ``model.blocks[i].attn``.
+    """Norms of each query head's weights in ``model.blocks[i].attn``, without a d_model x d_model matrix.
 
     Raises:
         ValueError: If it has no queries and keys that are linear in its input.

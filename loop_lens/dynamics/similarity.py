@@ -34,10 +34,8 @@ class FiringSimilarity(Result):
     """Distances between every pair of the chosen firings.
 
     Attributes:
-        depths: Index of each firing in the model's order: its realised depth.
-        segments: Segment of each.
-        iterations: Iteration of each, None outside loops.
-        layers: Layer of each within its segment.
+        depths: Index of each firing in the model's order: its realised depth. ``segments``, ``iterations`` (None
+            outside loops) and ``layers`` are its place.
         attention: Moments of the pattern distances, over prompts and heads [depth other], or by head
             [head depth other]; None if none was measured.
         residual: Moments of the residual cosine, over tokens [depth other]; None if it was not measured.
@@ -97,17 +95,8 @@ class FiringSimilarity(Result):
         return table
 
     def plot(self, metric: str = "frobenius", *, head: int | None = None) -> Any:
-        """Heat map of a metric, with a line wherever an iteration or a segment begins.
-
-        Args:
-            metric: Which metric.
-            head: Which head, where they were measured one by one; their mean by default.
-
-        Returns:
-            A matplotlib figure, not shown.
-
-        Raises:
-            ValueError: If the metric or the head was not measured.
+        """Heat map of a metric, of one head or their mean, with a line wherever an iteration or a segment begins; a
+        figure, not shown.
         """
         values = self.mean(metric)
         if values.ndim == 3:
@@ -145,10 +134,8 @@ class FiringSimilarityProbe(CollectingProbe[FiringSimilarity]):
     """Measures `FiringSimilarity` in a run of `loop_lens.measuring.measure`; options as in `firing_similarity`.
 
     Example:
-        >>> from loop_lens.dynamics import FiringSimilarityProbe
-        >>> from loop_lens.measuring import measure
-        >>> probe = FiringSimilarityProbe(model, layer=1, metrics=("cosine",))
-        >>> measure(model, prompts, [probe])
+        >>> probe = loop_lens.dynamics.FiringSimilarityProbe(model, layer=1, metrics=("cosine",))
+        >>> loop_lens.measuring.measure(model, prompts, [probe])
         >>> probe.result().depths  # layer 1 of the loop, iteration after iteration
         (2, 4, 6, 8, 10, 12, 14, 16)
     """
@@ -184,7 +171,6 @@ class FiringSimilarityProbe(CollectingProbe[FiringSimilarity]):
         return site.place in self._places
 
     def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
-        """Start a batch."""
         if "pattern" in self.hooks:
             require_two_tokens(batch.lengths, batch.index)
         super().begin(batch, reference)
@@ -223,16 +209,11 @@ class FiringSimilarityProbe(CollectingProbe[FiringSimilarity]):
         return torch.stack([v[:, :n, :n] if hook == "pattern" else v[:n] for v in every])
 
     def result(self) -> FiringSimilarity:
-        """What was measured so far, by this process."""
         moments = {hook: collector.moments() for hook, collector in self._collectors.items()}
-        return FiringSimilarity(
-            depths=tuple(f.index for f in self.firings),
-            segments=tuple(f.segment for f in self.firings),
-            iterations=tuple(f.iteration for f in self.firings),
-            layers=tuple(f.layer for f in self.firings),
-            attention=moments.get("pattern"),
-            residual=moments.get("resid_post"),
-        )
+        each = [(f.index, f.segment, f.iteration, f.layer) for f in self.firings]
+        depths, segments, iterations, layers = zip(*each, strict=True)
+        parts = moments.get("pattern"), moments.get("resid_post")
+        return FiringSimilarity(depths, segments, iterations, layers, *parts)
 
 
 def _chosen(schedule: Schedule, segment: str | None, iteration: Select, layer: Select) -> list[Firing]:

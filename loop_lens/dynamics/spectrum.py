@@ -17,10 +17,12 @@ from loop_lens.dynamics.krylov import largest_eigenvalue, largest_singular_value
 from loop_lens.dynamics.linearised import IterationMap
 from loop_lens.figures.lines import line_figure
 from loop_lens.measuring.results import Result, merged
+from loop_lens.measuring.tables import grid_table
 from loop_lens.prompts.reader import read_prompts
 from loop_lens.unrolling.tree import Iteration
 
 _VALUES = ("radius", "radius_error", "singular_value", "singular_value_error")
+_ALL = 2**31  # rows a forward
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,13 @@ class JacobianSpectrum(Result):
     """How strongly iterations act near the states that they were run at.
 
     Attributes:
-        segment: The loop.
-        iterations: The iterations, in order.
         positions: The positions whose diagonal block each value is of; None for the whole sequence.
         radius: Spectral radius [iteration prompt position], one position for the whole sequence, NaN where a
             prompt has no such position; below 1 the iteration contracts in the long run.
-        radius_error: Norm of the residual of its eigenvector [iteration prompt position].
-        singular_value: Leading singular value: the most that one iteration stretches a difference
-            [iteration prompt position]; never below the radius. Below 1 every difference shrinks at once;
-            above 1 with a radius below 1, some grow before they shrink.
-        singular_value_error: Bound on its error [iteration prompt position].
+        radius_error: Norm of the residual of its eigenvector, of the same shape.
+        singular_value: Leading singular value, of the same shape: the most that one iteration stretches a
+            difference. Below 1 every difference shrinks at once; above 1 with a radius below 1, some grow first.
+        singular_value_error: Bound on its error.
 
     Example:
         >>> spectrum = loop_lens.dynamics.jacobian_spectrum(model, prompts, iterations=[6, 7], steps=4)
@@ -57,19 +56,10 @@ class JacobianSpectrum(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per iteration, prompt and position (missing for the whole sequence)."""
-        rows = [
-            {
-                "iteration": t,
-                "prompt": p,
-                "position": None if self.positions is None else self.positions[k],
-                **{name: float(getattr(self, name)[i, p, k]) for name in _VALUES},
-            }
-            for i, t in enumerate(self.iterations)
-            for p in range(self.radius.shape[1])
-            for k in range(self.radius.shape[2])
-            if not self.radius[i, p, k].isnan()
-        ]
-        return pd.DataFrame(rows).astype({"position": "Int64"})
+        places = self.positions or [None]
+        axes = {"iteration": self.iterations, "prompt": range(self.radius.shape[1]), "position": places}
+        table = grid_table(axes, {name: getattr(self, name) for name in _VALUES})
+        return table.dropna(subset="radius", ignore_index=True).astype({"position": "Int64"})
 
     def plot(self) -> Any:
         """Both against the iteration: means, and the range over prompts and positions; not shown."""
@@ -100,20 +90,7 @@ def spectral_radius(
     Below 1 the iteration contracts near this state, in the long run. The largest eigenvalue's modulus is
     that of the largest Ritz value of an Arnoldi process on vector-Jacobian products (a matrix and its
     transpose have the same eigenvalues), which unlike plain power iteration also finds complex pairs.
-
-    Args:
-        model: The model; attention must be ``"eager"`` or ``"sdpa"``.
-        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.prompts.read_prompts`.
-        iteration: The iteration.
-        steps: Size of the Krylov space; more is more exact.
-        seed: Seed of the first vector.
-        segment: The loop; the innermost by default.
-        state: Where to take the Jacobian; by default the state that enters the iteration in this run.
-
-    Raises:
-        UnknownNameError: If there is no such iteration.
-        ValueError: If steps is below 1, there are no prompts, or the state has another shape.
-        DivergedError: If the state is NaN or infinite; names the first iteration.
+    Options and errors are those of `jacobian_spectrum`.
 
     Example:
         >>> radius = loop_lens.dynamics.spectral_radius(model, prompts, iteration=7, steps=4)
@@ -123,21 +100,10 @@ def spectral_radius(
     Source:
         Spectral radius of the loop's Jacobian: arXiv 2605.26733, by power iteration there.
     """
-    _require_positive(steps=steps)
-    segment = segment or model.schedule.innermost_loop
-    tokens = list(read_prompts(model, prompts))
-    radius = torch.zeros(len(tokens), dtype=torch.float64)
-    for rows in _rows(tokens, [[0]] * len(tokens), len(tokens)):
-        step = IterationMap(
-            model,
-            rows.tokens,
-            iteration=iteration,
-            segment=segment,
-            state=_states_of(rows, state, tokens),
-            prompts=torch.tensor(rows.prompts),
-        )
-        radius[rows.prompts] = largest_eigenvalue(step.vjp, *step.shape, steps=steps, seed=seed).value
-    return radius
+    found = _spectra(
+        model, prompts, [iteration], None, steps, seed, segment, state, _ALL, progress=False, stretch=False
+    )
+    return found.radius[0, :, 0]
 
 
 def jacobian_spectrum(
@@ -162,26 +128,20 @@ def jacobian_spectrum(
 
     In nested loops a map is of one loop's own state, with the other's held: of ``"L"`` one low-level
     cycle, of ``"H"`` a whole high-level one with the low-level cycles inside. Gradients reach all of
-    HRM-Text's cycles here, the early ones included.
+    HRM-Text's cycles here, the early ones included. Attention must be ``"eager"`` or ``"sdpa"``.
 
     Args:
-        model: The model; attention must be ``"eager"`` or ``"sdpa"``.
-        prompts: Texts, tokens or a dataset, of any lengths, see `loop_lens.prompts.read_prompts`.
         iterations: Which; all by default.
         positions: Positions to take one by one (negative ones count from each prompt's end), or ``"all"``;
             the whole sequence by default.
         steps: Size of the Krylov spaces; more is more exact.
         seed: Seed of the first vectors.
-        segment: The loop; the innermost by default.
         state: Where to take the Jacobians; by default each iteration's own state in this run.
         batch_size: Rows a forward; a row is a prompt, or a token where positions are given.
-        progress: Whether to show a progress bar, for work beyond two seconds.
 
     Raises:
         UnknownNameError: If there is no such iteration.
-        ValueError: If steps or batch_size is below 1, there are no prompts, a position does not exist, or the
-            state has another shape.
-        DivergedError: If a state is NaN or infinite; names the first iteration.
+        ValueError: If steps or batch_size is below 1, a position does not exist, or the state has another shape.
 
     Example:
         >>> spectrum = loop_lens.dynamics.jacobian_spectrum(
@@ -190,7 +150,29 @@ def jacobian_spectrum(
         >>> spectrum.to_dataframe()[["iteration", "prompt", "position"]].values.tolist()
         [[7, 0, 10], [7, 1, 8]]
     """
-    _require_positive(steps=steps, batch_size=batch_size)
+    return _spectra(
+        model, prompts, iterations, positions, steps, seed, segment, state, batch_size, progress, stretch=True
+    )
+
+
+def _spectra(
+    model: HookedLoopedTransformer,
+    prompts: Any,
+    iterations: Sequence[Iteration] | None,
+    positions: Sequence[int] | Literal["all"] | None,
+    steps: int,
+    seed: int,
+    segment: str | None,
+    state: Tensor | None,
+    batch_size: int,
+    progress: bool,
+    *,
+    stretch: bool,
+) -> JacobianSpectrum:
+    """The spectra, with or without singular values (NaN)."""
+    for name, value in (("steps", steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     segment = segment or model.schedule.innermost_loop
     tokens = list(read_prompts(model, prompts))
     chosen = tuple(model.schedule.iterations(segment) if iterations is None else iterations)
@@ -211,10 +193,11 @@ def jacobian_spectrum(
             prompts=torch.tensor(rows.prompts),
             position=None if positions is None else torch.tensor(rows.places),
         )
-        radius = largest_eigenvalue(step.vjp, *step.shape, steps=steps, seed=seed)
-        stretch = largest_singular_value(step.jvp, step.vjp, *step.shape, steps=steps, seed=seed)
+        found = [*largest_eigenvalue(step.vjp, *step.shape, steps=steps, seed=seed)]
+        if stretch:
+            found += largest_singular_value(step.jvp, step.vjp, *step.shape, steps=steps, seed=seed)
         at = [places.index(place) for place in rows.places]
-        values[:, i, rows.prompts, at] = torch.stack([*radius, *stretch])
+        values[: len(found), i, rows.prompts, at] = torch.stack(found)
     return JacobianSpectrum(segment, chosen, None if positions is None else tuple(places), *values)
 
 
@@ -227,13 +210,7 @@ class _Rows(NamedTuple):
 
 
 def _rows(tokens: Sequence[Tensor], places: Sequence[Sequence[int]], batch_size: int) -> Iterator[_Rows]:
-    """Every place of every prompt; rows of a batch are of equal length: padding would be in their Jacobian.
-
-    Raises:
-        ValueError: If there are no prompts.
-    """
-    if not tokens:
-        raise ValueError("there are no prompts")
+    """Every place of every prompt; rows of a batch are of equal length: padding would be in their Jacobian."""
     for length in dict.fromkeys(len(each) for each in tokens):
         own = [(p, place) for p, each in enumerate(tokens) if len(each) == length for place in places[p]]
         for start in range(0, len(own), batch_size):
@@ -245,11 +222,7 @@ def _rows(tokens: Sequence[Tensor], places: Sequence[Sequence[int]], batch_size:
 def _states_of(
     rows: _Rows, state: Tensor | None, tokens: Sequence[Tensor]
 ) -> Float[Tensor, "row pos d_model"] | None:
-    """The given states of some rows.
-
-    Raises:
-        ValueError: If there is not one state per prompt, as long as the prompt.
-    """
+    """The given states of some rows: one per prompt, as long as the prompt."""
     if state is None:
         return None
     lengths = sorted({len(each) for each in tokens})
@@ -262,19 +235,9 @@ def _states_of(
 
 
 def _positions(positions: Sequence[int] | Literal["all"], length: int) -> list[int]:
-    """Positions of a prompt, counted from its start.
-
-    Raises:
-        ValueError: If the prompt has no such position.
-    """
+    """Positions of a prompt, counted from its start."""
     asked = range(length) if positions == "all" else positions
     missing = [p for p in asked if not -length <= p < length]
     if missing:
         raise ValueError(f"position {missing[0]} does not exist: there are positions 0-{length - 1}")
     return [p % length for p in asked]
-
-
-def _require_positive(**options: int) -> None:
-    for name, value in options.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")

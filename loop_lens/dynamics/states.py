@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import pandas as pd
@@ -115,6 +116,14 @@ class LoopProbe(CollectingProbe[R]):
             run = f" in the reference run of {model.recurrences} iterations"
         raise DivergedError(diverged(f"at {self.place(first)}", run))
 
+    def cell(self, site: Site) -> tuple[int, int]:
+        """Where a site is among iterations and layers; the state comes after the last layer."""
+        return self._row[site.iteration], self.column(site)
+
+    def column(self, site: Site) -> int:
+        """Where a site is among layers."""
+        return self.n_layers if site.layer is None else site.layer
+
     def place(self, site: Site) -> str:
         """What a site is called in errors."""
         layer = STATE if site.layer is None else f"layer {site.layer}"
@@ -124,12 +133,6 @@ class LoopProbe(CollectingProbe[R]):
         """Add the batch up."""
         self.before = {}
         super().end()
-
-
-def layer_of(site: Site) -> int:
-    """The layer of a site within a block."""
-    assert site.layer is not None, f"{site.name} lies between blocks"
-    return site.layer
 
 
 class StateProbe(LoopProbe[R]):
@@ -145,13 +148,19 @@ class StateProbe(LoopProbe[R]):
         super().__init__(model, segment=segment, least=least, what=what)
         self.columns: tuple[Column, ...] = (*range(self.n_layers), STATE)
 
-    def column(self, site: Site) -> int:
-        """Where a site is among ``columns``."""
-        return self.n_layers if site.layer is None else site.layer
 
-    def cell(self, site: Site) -> tuple[int, int]:
-        """Where a site is among iterations and ``columns``."""
-        return self._row[site.iteration], self.column(site)
+@contextmanager
+def starting_from(model: HookedLoopedTransformer, state: Any) -> Generator[None, None, None]:
+    """Start from another initial state, where the model leaves the choice."""
+    own = model.initial_state
+    if own is None:
+        yield
+        return
+    model.initial_state = state
+    try:
+        yield
+    finally:
+        model.initial_state = own
 
 
 def tidy(table: pd.DataFrame) -> pd.DataFrame:

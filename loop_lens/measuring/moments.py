@@ -20,13 +20,11 @@ class DivergedError(ValueError):
     """The model's states became NaN or infinite while they were measured.
 
     Example:
-        >>> from loop_lens.dynamics import convergence
-        >>> from loop_lens.measuring import DivergedError
         >>> name = model.name("resid_post", iteration=2, layer=1)
         >>> try:
         ...     with model.hooks(fwd_hooks=[(name, lambda value, hook: value * float("nan"))]):
-        ...         convergence(model, prompts, progress=False)
-        ... except DivergedError as error:
+        ...         loop_lens.dynamics.convergence(model, prompts, progress=False)
+        ... except loop_lens.measuring.DivergedError as error:
         ...     print(str(error).split(":")[0])
         values became NaN or infinite, first at iteration 2, layer 1
     """
@@ -43,10 +41,9 @@ class Moments(Result):
             `prompts`, `prompt_total`, `prompt_squares` [6 metric *cell].
 
     Example:
-        >>> from loop_lens.measuring import Moments
         >>> ones = torch.ones(1, 2, dtype=torch.float64)  # metric iteration
         >>> sums = torch.stack([4 * ones, 8 * ones, 20 * ones, ones, 2 * ones, 4 * ones])
-        >>> moments = Moments({"iteration": (0, 1)}, ("norm",), sums)
+        >>> moments = loop_lens.measuring.Moments({"iteration": (0, 1)}, ("norm",), sums)
         >>> moments.mean("norm").tolist(), moments.std("norm").tolist()
         ([2.0, 2.0], [1.0, 1.0])
         >>> moments.merge(moments).count.tolist()
@@ -118,8 +115,7 @@ class Measured(Result):
     """Base of results whose numbers are moments; what the cells are, each says of its ``moments``.
 
     Example:
-        >>> from loop_lens.dynamics import convergence
-        >>> found = convergence(model, prompts, progress=False)
+        >>> found = loop_lens.dynamics.convergence(model, prompts, progress=False)
         >>> found.metrics[:3]
         ('norm', 'floor', 'step')
         >>> found.std("step", over="prompts").shape  # iteration layer
@@ -154,8 +150,7 @@ class Collector:
         axes: The grid's axes with their labels.
 
     Example:
-        >>> from loop_lens.measuring import Collector
-        >>> collector = Collector(["norm"], {"layer": [0, 1], "head": [0, 1, 2]})
+        >>> collector = loop_lens.measuring.Collector(["norm"], {"layer": [0, 1], "head": [0, 1, 2]})
         >>> collector.begin(n_prompts=2)
         >>> collector.put(slice(0, 1), (1,), torch.ones(1, 3, 2))  # all heads of layer 1 at once
         >>> collector.end()

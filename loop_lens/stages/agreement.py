@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loop_lens.figures.lines import line_figure
 from loop_lens.measuring.results import Result
+from loop_lens.measuring.tables import grid_table
 from loop_lens.stages.result import Curve, Span, Stages
 
 
@@ -25,9 +26,9 @@ class StageAgreement(Result):
         metrics: Names of the metrics.
         correlation: Pearson's, of the two curves over % of depth [metric recurrence]; NaN where either is
             flat, or has fewer than three points.
-        rank_correlation: Spearman's [metric recurrence].
-        rmse: Root mean square of their difference, in the metric's unit [metric recurrence].
-        relative_rmse: The same over the reference curve's standard deviation [metric recurrence].
+        rank_correlation: Spearman's, of the same shape.
+        rmse: Root mean square of their difference, in the metric's unit.
+        relative_rmse: The same over the reference curve's standard deviation.
 
     Example:
         >>> from loop_lens.stages import StageAgreement
@@ -46,15 +47,9 @@ class StageAgreement(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per metric and recurrence."""
-        n = self.correlation.shape[1]
+        axes = {"metric": self.metrics, "recurrence": range(self.correlation.shape[1])}
         scores = ("correlation", "rank_correlation", "rmse", "relative_rmse")
-        return pd.DataFrame(
-            {
-                "metric": [metric for metric in self.metrics for _ in range(n)],
-                "recurrence": list(range(n)) * len(self.metrics),
-                **{score: getattr(self, score).flatten().tolist() for score in scores},
-            }
-        )
+        return grid_table(axes, {score: getattr(self, score) for score in scores})
 
     def plot(self, score: str = "correlation") -> Any:
         """One line per metric against the recurrence; a figure, not shown."""
@@ -83,7 +78,6 @@ def stage_agreement(
         looped: Stages of a looped model.
         reference: Stages of a model without a loop, on the same prompts.
         metrics: Which ones; by default those that both have.
-        span: What counts as 100% of depth, see `Stages.percent`.
         points: Number of depths.
 
     Raises:

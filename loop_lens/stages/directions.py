@@ -22,13 +22,7 @@ def _unit(rows: Tensor) -> Tensor:
 
 
 class BlockNeurons(NamedTuple):
-    """A physical block's neurons.
-
-    Attributes:
-        place: Segment and layer.
-        weight: The MLP's output weights [neuron d_model].
-        folds: Norms that the MLP's output goes through within its block.
-    """
+    """A physical block's neurons: segment and layer, output weights [neuron d_model], and the norms behind them."""
 
     place: tuple[str, int]
     weight: Tensor
@@ -46,11 +40,7 @@ class BlockNeurons(NamedTuple):
 
 
 def neurons_of(model: TransformerBridge) -> list[BlockNeurons]:
-    """The neurons of each physical block.
-
-    Raises:
-        ValueError: If a block has no MLP with output weights of its own.
-    """
+    """The neurons of each physical block."""
     schedule = schedule_of(model)
     blocks: list[BlockNeurons] = []
     for visits in schedule.visits:
@@ -71,10 +61,7 @@ def neurons_of(model: TransformerBridge) -> list[BlockNeurons]:
 
 
 class NormFold:
-    """A norm as a linear map of directions: its centring, if it has one, and its weights.
-
-    Read off the norm's own output on two streams, whatever it calls its weights.
-    """
+    """A norm as a linear map of directions, read off its output: its centring, if it has one, and its weights."""
 
     def __init__(self, norm: Any, d_model: int, name: str) -> None:
         norm = getattr(norm, "original_component", None) or norm
@@ -107,12 +94,8 @@ class NormFold:
 
 
 def token_directions(weight: Tensor, norm: NormFold, unit: bool) -> Iterator[Tensor]:
-    """Tokens' directions, some thousand at a time [token d_model]: folded, centred, scaled, centred again.
-
-    Args:
-        weight: W_U [d_model d_vocab].
-        norm: The final norm.
-        unit: Whether to scale each token to unit norm.
+    """Tokens' directions in W_U, some thousand at a time [token d_model]: folded, centred, and if they are to be of
+    unit length, scaled and centred again.
     """
     n = weight.shape[1]
 

@@ -1,4 +1,9 @@
-"""How much attention mixes positions, and how many directions the stream has."""
+"""How much attention mixes positions, and how many directions the stream has.
+
+Patterns are attention [... query key] with rows that sum to 1, streams are [... pos d_model], and ``mask`` says which
+positions count, all by default. Definitions are those of arXiv 2604.11791, sections on stages of inference; results are
+NaN where a stream holds NaN or infinity.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,8 @@ import math
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from loop_lens.measuring.vectors import wide
 
 Mask = Bool[Tensor, "*#rest pos"]
 """Whether a position counts, broadcasting against what comes before the positions: for a pattern
@@ -26,10 +33,6 @@ def _require_mask(mask: Tensor | None, n: int) -> None:
         raise ValueError(f"the mask is [... {mask.shape[-1]}], but there are {n} positions")
 
 
-def _wide(pattern: Tensor) -> Tensor:
-    return pattern if pattern.dtype == torch.float64 else pattern.float()
-
-
 def mean_over_queries(rows: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of [... query *n] over the queries that count; padded rows may hold anything."""
     if mask is None:
@@ -42,18 +45,10 @@ def mean_over_queries(rows: Tensor, mask: Tensor | None) -> Tensor:
 def attention_received(
     pattern: Float[Tensor, "*rest query key"], *, mask: Mask | None = None
 ) -> Float[Tensor, "*rest key"]:
-    """Mean attention that each key gets: the pattern's mean column.
-
-    Args:
-        pattern: Attention [... query key], rows summing to 1.
-        mask: Which positions count; all by default.
-
-    Raises:
-        ValueError: If the pattern is not square, or the mask is of another length.
-    """
+    """Mean attention that each key gets: the pattern's mean column."""
     n = _require_square(pattern)
     _require_mask(mask, n)
-    return mean_over_queries(_wide(pattern), mask)
+    return mean_over_queries(wide(pattern), mask)
 
 
 def concentration_of(received: Tensor, length: Tensor | int) -> Tensor:
@@ -70,18 +65,15 @@ def colsum_concentration(
     C = 1 + (1 / log T) sum_j p_j log p_j with p_j the mean attention that key j gets. Uniform causal
     attention over T = 64 positions has about 0.097, so compare at equal T.
 
-    Args:
-        pattern: Attention [... query key], rows summing to 1.
-        mask: Which positions count; all by default. T is their number.
+    T is the number of positions that count.
 
     Raises:
         ValueError: If the pattern is not square, or of one position.
 
     Example:
-        >>> from loop_lens.stages import colsum_concentration
         >>> sink = torch.zeros(4, 4)
         >>> sink[:, 0] = 1
-        >>> colsum_concentration(torch.stack([sink, torch.eye(4)])).tolist()
+        >>> loop_lens.stages.colsum_concentration(torch.stack([sink, torch.eye(4)])).tolist()
         [1.0, 0.0]
 
     Source:
@@ -102,13 +94,7 @@ def sink_rate(
     *,
     mask: Mask | None = None,
 ) -> Float[Tensor, "*rest"]:
-    """Share of heads that give a token at least ``tau`` of their attention, averaged over queries.
-
-    Args:
-        pattern: Attention [... head query key].
-        tau: Threshold.
-        token: The key that counts, the first by default.
-        mask: Which positions count; all by default.
+    """Share of heads that give a token (a key) at least ``tau`` of their attention, averaged over queries.
 
     Raises:
         ValueError: If there is no head dimension, or no such key.
@@ -118,9 +104,6 @@ def sink_rate(
         >>> _, cache = model.run_with_cache(prompt)
         >>> sink_rate(cache["loop.7.blocks.0.attn.hook_pattern"]).tolist()  # of its four heads
         [0.25]
-
-    Source:
-        arXiv 2604.11791, section on stages of inference.
     """
     n = _require_square(pattern)
     if pattern.ndim < 3:
@@ -139,20 +122,12 @@ def mixing_score(
 ) -> Float[Tensor, "*rest"]:
     """Mean entropy of attention over keys, in nats: 0 where each query looks at one key.
 
-    Args:
-        pattern: Attention [... query key], rows summing to 1.
-        mask: Which positions count; all by default.
-
     Example:
-        >>> from loop_lens.stages import mixing_score
-        >>> round(mixing_score(torch.full((4, 4), 0.25)).item(), 4)  # log 4
+        >>> round(loop_lens.stages.mixing_score(torch.full((4, 4), 0.25)).item(), 4)  # log 4
         1.3863
-
-    Source:
-        arXiv 2604.11791, section on stages of inference.
     """
     _require_mask(mask, _require_square(pattern))
-    entropies = torch.special.entr(_wide(pattern)).sum(-1, keepdim=True)
+    entropies = torch.special.entr(wide(pattern)).sum(-1, keepdim=True)
     return mean_over_queries(entropies, mask).squeeze(-1)
 
 
@@ -164,13 +139,6 @@ def spectrum(
     They are the eigenvalues of the smaller Gram matrix over their sum: ten times faster than singular
     values, and in float64 equal to them within 1e-9. Positions that do not count become rows of zeros,
     which change no singular value. Where the stream holds NaN or infinity, or nothing, all are NaN.
-
-    Args:
-        resid: The stream [... pos d_model].
-        mask: Which positions count; all by default.
-
-    Raises:
-        ValueError: If the stream is not a matrix, or the mask is of another length.
     """
     if resid.ndim < 2:
         raise ValueError(f"a residual stream is [... pos d_model], got {tuple(resid.shape)}")
@@ -203,23 +171,14 @@ def matrix_entropy(
 ) -> Float[Tensor, "*rest"]:
     """Entropy of the squared singular values of a residual stream, in nats: 0 for rank one.
 
-    H = - sum_j p_j log p_j, p_j = s_j^2 / |X|_F^2. Its largest value is log min(pos, d_model). NaN where
-    the stream holds NaN or infinity.
-
-    Args:
-        resid: The stream [... pos d_model].
-        mask: Which positions count; all by default.
+    H = - sum_j p_j log p_j, p_j = s_j^2 / |X|_F^2. Its largest value is log min(pos, d_model).
 
     Raises:
         ValueError: If a stream is all zeros.
 
     Example:
-        >>> from loop_lens.stages import matrix_entropy
-        >>> round(matrix_entropy(torch.eye(4)).item(), 4)  # log 4
+        >>> round(loop_lens.stages.matrix_entropy(torch.eye(4)).item(), 4)  # log 4
         1.3863
-
-    Source:
-        arXiv 2604.11791, matrix-based entropy.
     """
     return entropy_of(_spectrum_of_some(resid, mask)).to(resid.dtype)
 
@@ -232,23 +191,13 @@ def entropy_of(shares: Tensor) -> Tensor:
 def anisotropy(
     resid: Float[Tensor, "*rest pos d_model"], *, mask: Mask | None = None
 ) -> Float[Tensor, "*rest"]:
-    """Share of the largest squared singular value of a residual stream: 1 for rank one.
-
-    NaN where the stream holds NaN or infinity.
-
-    Args:
-        resid: The stream [... pos d_model].
-        mask: Which positions count; all by default.
+    """Share p_1 of the largest squared singular value of a residual stream: 1 for rank one.
 
     Raises:
         ValueError: If a stream is all zeros.
 
     Example:
-        >>> from loop_lens.stages import anisotropy
-        >>> anisotropy(torch.diag(torch.tensor([3.0, 1.0]))).item()  # 9 of 10
+        >>> loop_lens.stages.anisotropy(torch.diag(torch.tensor([3.0, 1.0]))).item()  # 9 of 10
         0.8999...
-
-    Source:
-        arXiv 2604.11791, anisotropy p_1.
     """
     return _spectrum_of_some(resid, mask)[..., -1].to(resid.dtype)

@@ -110,11 +110,7 @@ class NeuronFractions(Result):
         )
 
     def plot(self, *, against: NeuronFractions | Mapping[str, NeuronFractions] | None = None) -> Any:
-        """Both fractions against % of depth; a figure, not shown.
-
-        Args:
-            against: References to draw dashed over them, by name if several.
-        """
+        """Both fractions against % of depth, references dashed over them, by name if several; a figure, not shown."""
         figure, axes = new_figure()
         references = {"reference": against} if isinstance(against, NeuronFractions) else dict(against or {})
         styles = ("--", ":", "-.")
@@ -146,15 +142,11 @@ def prediction_neurons(
     neuron if negative. Each physical block counts once, however often it fires. Later iterations and
     blocks, injections and loop norms are not followed: it is the direct effect.
 
-    The vocabulary passes in float32, some thousand tokens and neurons at a time; moments add up in
-    float64.
-
     Args:
         model: A looped model, or any `TransformerBridge` whose blocks have an MLP.
         threshold: Pearson kurtosis (3 for a normal distribution) above which a neuron counts.
         unit_tokens: Whether u_v is scaled to unit norm, so that effects are cosines (as published); without,
             they are logits.
-        progress: Whether to show a progress bar, for work beyond two seconds.
 
     Raises:
         ValueError: If a block has no MLP with output weights of its own, or weights are NaN or infinite.

@@ -27,10 +27,8 @@ class StagesProbe(CollectingProbe[Stages]):
     """Measures `Stages` in a run of `loop_lens.measuring.measure`; options as in `stages`.
 
     Example:
-        >>> from loop_lens.measuring import measure
-        >>> from loop_lens.stages import StagesProbe
-        >>> probe = StagesProbe(model, patterns=False)
-        >>> measure(model, prompts, [probe])
+        >>> probe = loop_lens.stages.StagesProbe(model, patterns=False)
+        >>> loop_lens.measuring.measure(model, prompts, [probe])
         >>> probe.result().metrics
         ('matrix_entropy', 'relative_matrix_entropy', 'anisotropy', 'first_norm', 'norm')
     """
@@ -57,11 +55,6 @@ class StagesProbe(CollectingProbe[Stages]):
         self.collectors = (pooled, heads) if patterns else (pooled,)
 
     def begin(self, batch: Batch, reference: Mapping[Site, Tensor]) -> None:
-        """Start a batch.
-
-        Raises:
-            ValueError: If a prompt is of one token, or has no token to be the sink.
-        """
         require_two_tokens(batch.lengths, batch.index)
         for index, length in zip(batch.index, batch.lengths.tolist(), strict=True):
             if length <= self.token:
@@ -107,7 +100,6 @@ class StagesProbe(CollectingProbe[Stages]):
         self.put(cell, {"norm": norms}, self._later)
 
     def result(self) -> Stages:
-        """What was measured so far, by this process."""
         firings = tuple((f.segment, f.iteration, f.layer, f.block) for f in self._firings)
         pooled, *heads = (collector.moments() for collector in self.collectors)
         return Stages(firings, self.tau, self.token, pooled, heads[0] if heads else None)
@@ -135,17 +127,14 @@ def stages(
     Args:
         model: A looped model at the number of iterations to measure, or any `TransformerBridge` of a
             causal language model, whose layers then lie on the same axes.
-        prompts: Texts, tokens or a dataset, of any lengths from two, see
-            `loop_lens.prompts.read_prompts`.
+        prompts: As for all measures of `loop_lens.dynamics`, like ``batch_size`` and ``progress``.
         sink_tau: Mean attention from which a head counts as a sink.
         sink_token: Position of the token that may be the sink.
         patterns: Whether to measure attention, too.
-        batch_size: Prompts a forward.
-        progress: Whether to show a progress bar, for work beyond two seconds.
 
     Raises:
-        ValueError: If there are no prompts, one has a single token, or the model has no patterns to see.
-        DivergedError: If states become NaN or infinite; names the first firing.
+        ValueError: If a prompt has a single token, or the model has no patterns to see.
+        DivergedError: If a value becomes NaN or infinite; names the first firing.
 
     Example:
         >>> found = loop_lens.stages.stages(model, prompts)

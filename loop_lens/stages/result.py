@@ -24,14 +24,8 @@ _LABELLED = 8  # curves that get a legend entry each; beyond, evenly spaced ones
 
 
 class Curve(NamedTuple):
-    """One line of a grouping.
-
-    Attributes:
-        label: What it is, e.g. ``"recurrence 3"``, ``"prelude"`` or ``"loop layer 2"``.
-        at: Where its firings lie on the grouping's axis [firing].
-        mean: The metric's mean [firing].
-        spread: Standard deviation over prompts' means [firing].
-        recurrence: The recurrence, None for what is outside the loop.
+    """One line of a grouping: its label (``"recurrence 3"``, ``"prelude"``, ``"loop layer 2"``), then [firing] where it
+    lies on the axis, the metric's mean and its spread over prompts; the recurrence is None outside the loop.
     """
 
     label: str
@@ -90,13 +84,8 @@ class Stages(Measured):
     def percent(self, *, span: Span = "model") -> Tensor:
         """How far through a recurrence each firing ends, in % of its blocks [firing].
 
-        Args:
-            span: What counts as 100%: ``"model"``, the prelude, one recurrence and the coda, as if the loop
-                ran once, or ``"block"``, one recurrence alone; what is outside the loop is NaN then. A
-                feed-forward model is one recurrence.
-
-        Raises:
-            ValueError: If the span is unknown.
+        100% is of the ``span``: ``"model"``, the prelude, one recurrence and the coda, as if the loop ran once, or
+        ``"block"``, one recurrence alone; what is outside the loop is NaN then. A feed-forward model is one recurrence.
         """
         if span not in SPANS:
             raise ValueError(f"span={span!r} is unknown: choose 'model' or 'block'")
@@ -121,15 +110,9 @@ class Stages(Measured):
     def curves(self, metric: str, *, by: By = "depth", span: Span = "model") -> list[Curve]:
         """A metric's lines in one of the three groupings.
 
-        Args:
-            metric: One of `metrics`.
-            by: ``"depth"``: one line over all firings, which count from 1. ``"recurrence"``: one line for
-                each recurrence, and for the prelude and the coda, over % of depth, see `percent`.
-                ``"layer"``: one line for each physical layer over how often it has fired.
-            span: What counts as 100% of depth.
-
-        Raises:
-            ValueError: If the metric, grouping or span is unknown.
+        By ``"depth"`` there is one line over all firings, which count from 1; by ``"recurrence"`` one for each
+        recurrence, and for the prelude and the coda, over % of depth, see `percent`; by ``"layer"`` one for each
+        physical layer over how often it has fired.
         """
         mean, spread = self.mean(metric), self.std(metric, over="prompts")
         groups: dict[tuple[str, int | None], list[int]] = {}
@@ -154,12 +137,7 @@ class Stages(Measured):
         ]
 
     def to_dataframe(self, *, by: By = "depth", span: Span = "model") -> pd.DataFrame:
-        """One row per firing: where it is in each grouping, then each metric's mean and spreads.
-
-        Args:
-            by: What the rows are ordered by.
-            span: What counts as 100% of depth, see `percent`.
-        """
+        """One row per firing, in the order of a grouping: where it is in each, then each metric's mean and spreads."""
         if by not in BY:
             raise ValueError(f"by={by!r} is unknown: choose one of {', '.join(BY)}")
         table = pd.concat([self._places(span), self.moments.to_dataframe().drop(columns="firing")], axis=1)
@@ -202,14 +180,9 @@ class Stages(Measured):
         span: Span = "model",
         against: Stages | Mapping[str, Stages] | None = None,
     ) -> Any:
-        """A metric in one of the three groupings; a figure, not shown.
+        """A metric in one of the three groupings, see `curves`; a figure, not shown.
 
-        Args:
-            metric: One of `metrics`.
-            by: The grouping, see `curves`.
-            span: What counts as 100% of depth.
-            against: References to draw dashed over it, such as a feed-forward model's stages; by name,
-                if several.
+        References such as a feed-forward model's stages are drawn dashed ``against`` it, by name if several.
         """
         figure, axes = new_figure(6.4, 3.4)
         mine = self.curves(metric, by=by, span=span)
