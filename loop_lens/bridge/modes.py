@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,20 +36,52 @@ class SharedBlocks(LoopedBridge):
         Example:
             >>> model.enable_compatibility_mode(no_processing=True)
         """
-        no_processing = kwargs.get("no_processing", args[1] if len(args) > 1 else False)
+        if not kwargs.get("no_processing", args[1] if len(args) > 1 else False):
+            self._require_processable()
+        with self._processing():
+            super().enable_compatibility_mode(*args, **kwargs)
+
+    def process_weights(self, *args: Any, **kwargs: Any) -> None:
+        """transformer-lens' weight processing alone, once per physical block.
+
+        Raises:
+            ValueError: If folding is not sound for this model; says why.
+        """
+        if self.firings.physical:
+            super().process_weights(*args, **kwargs)
+            return
+        self._require_processable()
+        with self._processing():
+            super().process_weights(*args, **kwargs)
+
+    def _require_processable(self) -> None:
         reason = self.body.fold_unsound_because
-        if reason and not no_processing:
+        if reason:
             raise ValueError(
                 f"weight processing is not sound for this model: {reason}. "
                 "enable_compatibility_mode(no_processing=True) gives the legacy names without it."
             )
-        try:
-            with self.firings.physical_view():
-                super().enable_compatibility_mode(*args, **kwargs)
-        finally:
-            if self._weights_processed and self.weights.complete:
-                own, blocks = self.original_model.parameters(), self.firings.prototypes.parameters()
-                self.weights.follow_processing([*own, *blocks])
+
+    @contextmanager
+    def _processing(self) -> Generator[None, None, None]:
+        """Show the physical blocks to what processes weights; a failure leaves weights and marks as they were."""
+        with self.firings.physical_view():
+            modules = dict.fromkeys([*self.modules(), *self.original_model.modules()])
+            tables: list[dict[str, Any]] = [
+                table for m in modules for table in (vars(m), m._parameters, m._buffers)
+            ]
+            before = [(table, dict(table)) for table in tables]
+            try:
+                yield
+            except BaseException:
+                for table, entries in before:
+                    table.clear()
+                    table.update(entries)
+                self.clear_hook_registry()
+                self._initialize_hook_registry()
+                raise
+        if self._weights_processed:
+            self.weights.follow_processing(self.firings.prototypes)
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
         """Whether to expose each head's contribution, as in transformer-lens."""

@@ -76,9 +76,10 @@ class FusedPart(nn.Linear):
     def apart(self) -> nn.Linear:
         """A linear module that holds a copy of the part's weights."""
         weight, bias = self.weight, self.bias
-        own = nn.utils.skip_init(nn.Linear, *weight.T.shape, bias=bias is not None)
+        own: Any = nn.utils.skip_init(nn.Linear, *weight.T.shape, bias=bias is not None)
         own.weight = nn.Parameter(weight.detach().clone())
-        own.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        if bias is not None:
+            own.bias = nn.Parameter(bias.detach().clone())
         return own
 
     @torch.no_grad()
@@ -113,7 +114,7 @@ def fuse_projections(block: nn.Module) -> None:
             _fuse(module, fused, ("gate", "in"), module.split_gate_up_matrix)
 
 
-def _fuse(owner: Any, fused: Any, names: Iterable[str], split: Callable[[Any], Iterable[Any]]) -> None:
+def _fuse(owner: Any, fused: Any, names: Iterable[str], split: Any) -> None:
     component = owner.original_component
     name = next(n for n, m in component.named_children() if m is fused)
     fused = getattr(fused, "original_component", fused)

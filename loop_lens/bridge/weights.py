@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,31 +29,36 @@ class Weights:
     def __init__(self, model: nn.Module, body: LoopBody) -> None:
         self.model, self.body = model, body
         self.names = list(model.state_dict())
-        self.complete = True
+        self.homeless: list[str] = []
 
     def own(self, *, keep_vars: bool = False) -> dict[str, Tensor]:
         """The weights under the model's own names.
 
         Raises:
-            ValueError: If other weights run since they were processed.
+            WeightsError: If other weights run since they were processed.
         """
-        if not self.complete:
-            raise ValueError(
-                "after enable_compatibility_mode() this model runs on weights that its checkpoint has no names for "
-                "(split from fused projections, untied from the embedding, or new biases): save and load before it, "
-                "or open the model again"
+        if self.homeless:
+            some = ", ".join(self.homeless[:3]) + (", ..." if len(self.homeless) > 3 else "")
+            raise WeightsError(
+                f"after enable_compatibility_mode() this {type(self.model).__name__} runs on {some}, for which its "
+                "checkpoint has no place: save and load before it, or open the model again"
             )
-        raw = self.model.state_dict(keep_vars=keep_vars)
-        clean = {_own_name(name): tensor for name, tensor in raw.items()}
+        clean = self._all(keep_vars=keep_vars)
         return {name: clean[name] for name in self.names}
 
-    def follow_processing(self, running: Iterable[Tensor]) -> None:
-        """Note whether the weights that run still are those under the model's names, ties included."""
-        own = self.own(keep_vars=True)
-        known = {id(tensor) for tensor in own.values()}
+    def _all(self, *, keep_vars: bool = False) -> dict[str, Tensor]:
+        raw = self.model.state_dict(keep_vars=keep_vars)
+        return {_own_name(name): tensor for name, tensor in raw.items()}
+
+    def follow_processing(self, blocks: nn.Module) -> None:
+        """Note which weights run since processing that have no name in the checkpoint, ties included."""
+        every = self._all(keep_vars=True)
+        made = {name: tensor for name, tensor in every.items() if name not in self.names}
+        known = {id(tensor) for tensor in every.values()}
+        made |= {f"a block's {name}": p for name, p in blocks.named_parameters() if id(p) not in known}
         ties = self._ties.items() if self._ties_embeddings else ()
-        tied = all(torch.equal(own[target], own[source]) for target, source in ties if target in own)
-        self.complete = tied and all(id(parameter) in known for parameter in running)
+        untied = [a for a, b in ties if a in every and not torch.equal(every[a], every[b])]
+        self.homeless = [name for name, tensor in made.items() if tensor.any()] + untied
 
     def published(self, *, keep_vars: bool = False) -> dict[str, Tensor]:
         """The weights under the names of the checkpoint."""
@@ -87,7 +92,11 @@ class Weights:
         return _IncompatibleKeys(missing, unexpected)
 
     def save(self, folder: Path, tokenizer: Any) -> None:
-        """Write a folder that ``loop_lens.boot`` opens again: config, safetensors, tokenizer."""
+        """Write a folder that ``loop_lens.boot`` opens again: config, safetensors, tokenizer.
+
+        Raises:
+            WeightsError: If weight processing made weights that the checkpoint has no place for.
+        """
         state = self.own()
         folder.mkdir(parents=True, exist_ok=True)
         config: Any = copy.deepcopy(self.model.config)

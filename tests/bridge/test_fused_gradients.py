@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 import loop_lens
+from loop_lens.models.checkpoint import WeightsError
 from tests.oracles.unrolled import FUSED, MODELS, decoder
 
 TOKENS = torch.randint(1, 48, (2, 7), generator=torch.Generator().manual_seed(1))
@@ -75,6 +77,21 @@ def test_processed_weights_are_the_models_own(name: str) -> None:
     for logits in (model(TOKENS), model.run_with_cache(TOKENS)[0], model.original_model(TOKENS).logits):
         assert (logits.log_softmax(-1) - before).abs().max() < 1e-4
     assert_looking_changes_no_gradient(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "falcon", "phi3", "mpt", "phi", "llama", "olmo2"])
+@pytest.mark.filterwarnings("ignore:.*norm weights stay unfolded")
+def test_processed_weights_are_saved_or_refused(name: str, tmp_path: Path) -> None:
+    model = opened(name)
+    model.enable_compatibility_mode(disable_warnings=True)
+    if name in ("gpt2", "gpt_neox", "falcon", "mpt"):  # a bias for heads that have none, a head that was tied
+        with pytest.raises(WeightsError, match=r"(bias|lm_head.weight), for which .* no place"):
+            model.save_pretrained(tmp_path)
+        assert not list(tmp_path.iterdir())
+    else:
+        model.save_pretrained(tmp_path)
+        assert (loop_lens.boot(tmp_path)(TOKENS) - model(TOKENS)).abs().max() < 1e-5
 
 
 @torch.no_grad()
