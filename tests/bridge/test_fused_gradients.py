@@ -86,7 +86,7 @@ def test_processed_weights_are_saved_or_refused(name: str, tmp_path: Path) -> No
     model = opened(name)
     model.enable_compatibility_mode(disable_warnings=True)
     if name in ("gpt2", "gpt_neox", "falcon", "mpt"):  # a bias for heads that have none, a head that was tied
-        with pytest.raises(WeightsError, match=r"(bias|lm_head.weight), for which .* no place"):
+        with pytest.raises(WeightsError, match=r"(bias|lm_head.weight).* no place"):
             model.save_pretrained(tmp_path)
         assert not list(tmp_path.iterdir())
     else:
