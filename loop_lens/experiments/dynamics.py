@@ -124,9 +124,8 @@ def _by_layer(last: Convergence, limits: LimitTable, settling: AttentionSettling
     kinds = kinds[kinds["site"] == "resid_post"].drop_duplicates("layer")
     columns: dict[str, Any] = {"layer": last.layers}
     columns |= {metric: last.mean(metric)[-1].tolist() for metric in _SHOWN}
-    for kind in ("not_fixed", "orbit", "slider", "unknown"):
-        columns[f"% {kind.replace('_', ' ')}"] = kinds[kind].tolist()
-    columns["heads settled"] = settling.heads().groupby("layer")["settled"].count().tolist()
+    columns |= {kind: kinds[kind].tolist() for kind in ("not_fixed", "orbit", "slider", "unknown")}
+    columns["settled_heads"] = settling.heads().groupby("layer")["settled"].count().tolist()
     return pd.DataFrame(columns)
 
 

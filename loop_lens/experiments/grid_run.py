@@ -7,52 +7,37 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from tqdm.auto import tqdm
 
 from loop_lens.experiments.report import ignored_folder
 from loop_lens.measuring.results import Result
 
-
-class Cell(Protocol):
-    """One model of a grid, with a name unlike all others'."""
-
-    @property
-    def name(self) -> str: ...
-
-
-C = TypeVar("C", bound=Cell)
+C = TypeVar("C")
 R = TypeVar("R", bound=Result)
 
 
 @dataclass(frozen=True)
 class Kept(Generic[R]):
-    """The files of a grid's results, one a cell.
-
-    Attributes:
-        folder: Where they lie.
-        kind: Which results they hold.
-        how: The dataclass of settings that cells are measured by; other settings have other files.
-    """
+    """The files of a grid's results, one a cell; cells have names unlike all others'."""
 
     folder: Path
     kind: type[R]
-    how: Any
+    how: Any  # the dataclass of settings that cells are measured by; other settings have other files
 
-    def file(self, cell: Cell) -> Path:
-        """Where a cell's result lies, or would."""
+    def _file(self, cell: Any) -> Path:
         settings = json.dumps(asdict(self.how), sort_keys=True).encode()
         return self.folder / f"{cell.name}-{blake2b(settings, digest_size=4).hexdigest()}.safetensors"
 
-    def load(self, cell: Cell) -> R | None:
+    def load(self, cell: Any) -> R | None:
         """A cell's result, None where there is none."""
-        file = self.file(cell)
+        file = self._file(cell)
         return self.kind.load(file) if file.exists() else None
 
-    def save(self, cell: Cell, result: R) -> None:
+    def save(self, cell: Any, result: R) -> None:
         """Write a cell's result; it has its own name only when it is whole."""
-        file = self.file(cell)
+        file = self._file(cell)
         ignored_folder(self.folder)
         part = file.with_name(f"{file.name}.part")
         result.save(part)

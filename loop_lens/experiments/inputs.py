@@ -52,12 +52,7 @@ def errors_as_usage() -> Generator[None, None, None]:
 
 
 def open_looped(name: str, *, recurrences: int | None = None) -> HookedLoopedTransformer:
-    """Open what `loop_lens.boot` opens, or ``smollm2:10-19x3``: SmolLM2-135M, layers 10 to 19 run three times.
-
-    Raises:
-        ValueError: If the model does not loop, or loops fewer than two times.
-        FileNotFoundError: If there is no such model.
-    """
+    """Open what `loop_lens.boot` opens, or ``smollm2:10-19x3``: SmolLM2-135M, layers 10 to 19 run three times."""
     if name.startswith(SMOLLM2):
         parts = _LOOPED.fullmatch(name)
         if parts is None:
@@ -66,13 +61,8 @@ def open_looped(name: str, *, recurrences: int | None = None) -> HookedLoopedTra
             )
         first, last, times = map(int, parts.groups())
         net, tokenizer = load_smollm2()
-        model = loopify(
-            net,
-            layers=range(first, last + 1),
-            times=recurrences or times,
-            tokenizer=tokenizer,
-            model_name="SmolLM2-135M",
-        )
+        layers, times = range(first, last + 1), recurrences or times
+        model = loopify(net, layers=layers, times=times, tokenizer=tokenizer, model_name="SmolLM2-135M")
     else:
         model = boot(name, recurrences=recurrences)
     if model.recurrences < 2:
@@ -98,18 +88,9 @@ def prompts_from(
 ) -> list[Tensor]:
     """At most ``count`` prompts, cut to ``length`` tokens; those of at least that length come first.
 
-    Args:
-        model: For its tokenizer.
-        source: ``stdlib``, the documentation of the running Python; a text file, whose paragraphs are prompts;
-            a csv, jsonl or parquet file; a folder that ``datasets`` saved; or a data set's hub id, perhaps with
-            its split, ``NAME:test``.
-        count: The largest number of prompts.
-        length: Tokens of each, at most.
-        column: Where the text is, in a table.
-
-    Raises:
-        ValueError: If there are none, or the column does not exist.
-        FileNotFoundError: If there is no such file.
+    They come from ``stdlib``, the documentation of the running Python; from a text file, whose paragraphs are prompts;
+    from the column of a csv, jsonl or parquet file, of a folder that ``datasets`` saved, or of a data set's hub id,
+    perhaps with its split, ``NAME:test``.
     """
     if count < 1 or length < 2:
         raise ValueError(f"{count} prompts of {length} tokens are too few: ask for one of two tokens or more")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,9 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
+import loop_lens
 from loop_lens.figures.markdown import filled_in
 from loop_lens.measuring.results import Result
-
-_PACKAGES = ("loop-lens", "torch", "transformers", "transformer-lens")
 
 
 def write_report(
@@ -27,19 +26,10 @@ def write_report(
     figures: Mapping[str, Any],
     values: Mapping[str, Any],
 ) -> list[Path]:
-    """Write tables and figures into a folder, and beside it the page that shows them.
+    """Write csv files and figures into the folder ``out``, and beside it ``out.md``; these files, the page first.
 
-    Args:
-        out: The folder; the page is ``out.md``.
-        template: The page as a template of jinja; its first line is the heading. Besides ``values`` it knows every
-            table by name, the ``folder``'s name, and as ``notes`` what somebody wrote into the folder's ``notes.md``.
-        command: The command that was given.
-        tables: By name, for csv files with five significant digits.
-        figures: By name, for png files.
-        values: Whatever else the template shows.
-
-    Returns:
-        The page, then the other files.
+    The page's template shows its ``values``, every table by name, the ``folder``'s name, and as ``notes`` what somebody
+    wrote into the folder's ``notes.md``. Its first line is the heading.
     """
     out.mkdir(parents=True, exist_ok=True)
     files = [out / f"{name}.csv" for name in tables] + [out / f"{name}.png" for name in figures]
@@ -57,13 +47,9 @@ def write_report(
 
 def versions() -> str:
     """The versions that decide the numbers, in one line."""
-    found = [f"Python {platform.python_version()}"]
-    for package in _PACKAGES:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(found)
+    packages = {name: version(name) for name in ("torch", "transformers", "transformer-lens")}
+    known = {"Python": platform.python_version(), "loop-lens": loop_lens.__version__, **packages}
+    return ", ".join(f"{name} {number}" for name, number in known.items())
 
 
 def command_line(name: str, **options: Any) -> str:

@@ -162,9 +162,6 @@ def run_grid(
     """Train and measure cells in order; a run that was killed goes on where it was.
 
     A cell that was measured in another way is measured again, not trained again.
-
-    Raises:
-        ValueError: If the folder holds one of the cells under other settings.
     """
     for cell in cells:
         _require_same(folder / cell.name, cell, settings)
@@ -182,11 +179,7 @@ def run_grid(
 
 
 def finished(cells: Sequence[Cell], settings: Settings, folder: Path) -> dict[Cell, CellResult]:
-    """What is measured already, nothing else.
-
-    Raises:
-        ValueError: If nothing is.
-    """
+    """What is measured already, nothing else."""
     kept = _kept(folder, settings)
     results = {cell: result for cell in cells if (result := kept.load(cell)) is not None}
     if not results:

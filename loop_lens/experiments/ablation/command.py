@@ -61,18 +61,7 @@ def main(
 def write_report(
     results: Results, settings: Settings, out: Path, *, missing: Sequence[Cell] = (), command: str = ""
 ) -> list[Path]:
-    """Write ``out.md``, and the figures and tables that it names in the folder ``out``.
-
-    Args:
-        results: What was measured.
-        settings: How.
-        out: Where, without an ending.
-        missing: Cells of the grid that were not measured.
-        command: The command that was given.
-
-    Returns:
-        The files.
-    """
+    """Write ``out.md``, and the figures and tables that it names in the folder ``out``; these files, the page first."""
     organisation, organised = self_organisation(results)
     nearness, nearest = matches(results, settings.window)
     extrapolation, lasting = beyond_training(results)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise, product
 from typing import Any
 
@@ -12,7 +12,7 @@ import pandas as pd
 
 from loop_lens.experiments.ablation.cells import Cell
 from loop_lens.experiments.ablation.measures import CellResult
-from loop_lens.experiments.claims import FAILS, HOLDS, UNTOLD, Verdict, decide, span
+from loop_lens.experiments.claims import CLAIMS, FAILS, HOLDS, UNTOLD, Verdict, decide, span
 from loop_lens.stages import Stages, stage_agreement
 
 FIXED, DIRECTION = "fixed point", "direction only"
@@ -74,41 +74,27 @@ def _has_learnt(cell: Cell, result: CellResult) -> bool:
 
 
 def stability(table: pd.DataFrame, state: str) -> list[Verdict]:
-    """The claims on fixed points, for models before or after training.
-
-    Args:
-        table: As of `summaries`; models with a prelude and a coda are looked at, and after training those that
-            learnt their task.
-        state: ``"initial"`` or ``"trained"``.
+    """The claims on fixed points, for the models of `summaries` in a state: those with a prelude and a coda, and after
+    training those that learnt their task.
     """
     chosen: Any = table[(table["state"] == state) & (table["outer"] > 0)]
     if state == "trained":
         chosen = chosen[chosen["learnt"]]
-    models = dict(list(chosen.groupby(["injection", "norm"])))
-    none = chosen.iloc[:0]
-
-    def claim(text: str, injection: str, norm: str, kinds: Sequence[str], right: bool = True) -> Verdict:
-        rows = models.get((injection, norm), none)
-        ends = list(rows["kind"])
-        counted = ", ".join(f"{kind} {ends.count(kind)}" for kind in dict.fromkeys(ends))
-        numbers = f"{counted}; cosine {span(rows['cosine'])}, degeneracy {span(rows['degeneracy'])}"
-        return Verdict(text, f"{state} models", decide([(kind in kinds) == right for kind in ends]), numbers)
-
-    degenerate = models.get(("none", "pre"), none)["degeneracy"]
-    return [
-        claim("injection gives a stable fixed point with pre-norm", "linear", "pre", [FIXED]),
-        claim("injection gives a stable fixed point with Huginn's norm", "linear", "huginn", [FIXED]),
-        claim("injection gives no stable fixed point with Ouro's norm", "linear", "ouro", [FIXED], False),
-        claim("without injection pre-norm is stable", "none", "pre", [FIXED, DIRECTION]),
-        Verdict(
-            "without injection pre-norm is degenerate: all layers at one point",
-            f"{state} models",
-            decide([value >= STABLE for value in degenerate]),
-            f"degeneracy cosine {span(degenerate)}",
-        ),
-        claim("without injection Huginn's norm is not stable", "none", "huginn", [FIXED, DIRECTION], False),
-        claim("without injection Ouro's norm is not stable", "none", "ouro", [FIXED, DIRECTION], False),
-    ]
+    verdicts: list[Verdict] = []
+    for claim in CLAIMS:
+        if claim.measure == "apart":  # nobody's layers are compared with how far they move here
+            continue
+        injection = "linear" if claim.injection else "none"
+        rows = chosen[(chosen["injection"] == injection) & (chosen["norm"] == claim.norm)]
+        numbers = f"degeneracy cosine {span(rows['degeneracy'])}"
+        agree = [claim.met(value) for value in rows["degeneracy"]]
+        if claim.measure == "settled":
+            ends, stable = list(rows["kind"]), (FIXED,) if claim.injection else (FIXED, DIRECTION)
+            agree = [(kind in stable) == (claim.side == "above") for kind in ends]
+            counted = ", ".join(f"{kind} {ends.count(kind)}" for kind in dict.fromkeys(ends))
+            numbers = f"{counted}; cosine {span(rows['cosine'])}, degeneracy {span(rows['degeneracy'])}"
+        verdicts.append(Verdict(claim.text, f"{state} models", decide(agree), numbers))
+    return verdicts
 
 
 def layer_spread(found: Stages, metric: str) -> float:
@@ -146,9 +132,8 @@ def _pre_norm_on_text(results: Results) -> dict[Cell, CellResult]:
 def self_organisation(results: Results) -> tuple[pd.DataFrame, list[Verdict]]:
     """Whether training sets the layers of the loop apart, the same way in every recurrence.
 
-    Returns:
-        One row per pre-norm model of text: spread of its layers in the mixing score (nats) and in the
-        concentration, before and after training, and how alike successive recurrences are; and the verdicts.
+    The table has a row per pre-norm model of text: spread of its layers in the mixing score (nats) and in the
+    concentration, before and after training, and how alike successive recurrences are.
     """
     rows: list[dict[str, Any]] = []
     for cell, result in _pre_norm_on_text(results).items():
@@ -176,15 +161,7 @@ def self_organisation(results: Results) -> tuple[pd.DataFrame, list[Verdict]]:
 
 
 def matches(results: Results, length: int) -> tuple[pd.DataFrame, list[Verdict]]:
-    """How near the pre-norm models' recurrences are to the feed-forward references in mixing.
-
-    Args:
-        results: What was measured.
-        length: Tokens of a prompt.
-
-    Returns:
-        One row per looped model and reference: `distance_to` the reference; and the verdict.
-    """
+    """How near the pre-norm models of text are to each feed-forward reference, by `distance_to` it."""
     references = {cell.seed: result for cell, result in results.items() if not cell.looped}
     table = pd.DataFrame(
         {
@@ -237,11 +214,9 @@ def distance_to(looped: Stages, reference: Stages, length: float) -> dict[str, f
 
 
 def beyond_training(results: Results) -> tuple[pd.DataFrame, list[Verdict]]:
-    """Whether what was learnt lasts beyond the trained number of iterations.
+    """Whether what was learnt lasts beyond the trained number of iterations; no claim of the paper.
 
-    Returns:
-        One row per looped model: loss and accuracy at the trained number, at twice and at the most measured,
-        and the number with the best loss; and the verdicts, which are on no claim of the paper.
+    The table has loss and accuracy of each looped model at one, the trained number, twice that and the most measured.
     """
     rows: list[dict[str, Any]] = []
     for cell, result in results.items():

@@ -25,21 +25,11 @@ from loop_lens.experiments.random_init.verdicts import (
 )
 from loop_lens.experiments.report import command_line, write_report
 
-_NUMBERS = {
-    "injection": "injection",
-    "norm": "norm",
-    "settled_cosine": "cosine beyond",
-    "one_point_cosine": "one point (M9)",
-    "apart": "apart",
-    "percent_fixed_point": "% fixed points",
-    "percent_orbit": "% orbits",
-    "percent_slider": "% sliders",
-    "relative_distance": "distance / norm",
-    "matrix_relative_distance": "same, matrix",
-    "last_relative_step": "step / norm",
-    "last_norm": "last norm",
-    "radius": "radius",
-}
+_NUMBERS = [
+    *("injection", "norm", "settled_cosine", "one_point_cosine", "apart"),
+    *("percent_fixed_point", "percent_orbit", "percent_slider"),
+    *("relative_distance", "matrix_relative_distance", "last_relative_step", "last_norm", "radius"),
+]
 
 
 def main(
@@ -107,14 +97,9 @@ def write_results(
     out: Path,
     command: str,
 ) -> list[SeedsVerdict]:
-    """Write figures and tables into a folder, and the page beside it; the verdicts on the grid.
+    """Write the page ``out.md`` with its figures and tables; the verdicts on the grid.
 
-    Args:
-        results: The grid.
-        variants: The same claims' models at other settings, by name, one depth each.
-        settings: How all were measured.
-        out: The folder; the page is ``out.md``. What stands in its ``notes.md`` goes into the page.
-        command: The command that was given.
+    ``variants`` are the same claims' models at other settings, by name, one depth each.
     """
     found, models = verdicts(results), pooled(results)
     depths = sorted({n for n, _, _ in models})
@@ -125,7 +110,6 @@ def write_results(
         **({"variants": tally(variants)} if variants else {}),
     }
     numbers: Any = pd.DataFrame([result.summary() for (n, _, _), result in models.items() if n == layers])
-    numbers["injection"] = numbers["injection"].map({True: "yes", False: "no"})
     spec = results[0].of
     values = {
         **asdict(spec),
@@ -135,12 +119,12 @@ def write_results(
         "seeds": len({result.of.seed for result in results}),
         "heads": spec.config(1).num_attention_heads,
         "last": settings.recurrences,
-        "inits": {name: text for name, (text, _) in INITS.items()},
+        "inits": {name: init.text for name, init in INITS.items()},
         "hold": sum(verdict.holds for verdict in found),
         "judged": len(found),
         "claims": len(CLAIMS),
         "by_depth": by_depth(found),
-        "numbers": numbers[list(_NUMBERS)].rename(columns=_NUMBERS),
+        "numbers": numbers[_NUMBERS],
     }
     beyond = f"cosine to iteration {settings.reference}"
     curves: dict[str, dict[str, Any]] = {

@@ -20,15 +20,9 @@ Models = Mapping[Kind, RandomResult]
 def layer_grid(
     models: Models, curve: str, *, layers: int, overlay: str | None = None, log: bool = False, ylabel: str
 ) -> Any:
-    """A curve of every layer against the iteration, one panel per norm (columns) and injection (rows).
+    """One of `RandomResult.curves`, a line per layer against the iteration; panels by norm and injection.
 
-    Args:
-        models: Measured models by kind.
-        curve: One of `RandomResult.curves`; the colour goes from the first layer to the last.
-        layers: Which depth to draw.
-        overlay: One of `RandomResult.degeneracy`, dashed.
-        log: Whether the vertical axis is logarithmic.
-        ylabel: Its name.
+    ``overlay`` is one of `RandomResult.degeneracy`, dashed; ``log`` makes the vertical axis logarithmic.
     """
     kinds = [[(layers, injection, norm) for norm in NORMS] for injection in _INJECTIONS]
     figure, panels = _panels(models, kinds, curve, 8.6, 4.6, log=log, sharex=True, sharey=not log)

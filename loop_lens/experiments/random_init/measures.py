@@ -127,16 +127,8 @@ class RandomResult(Result):
         }
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per iteration and layer with every curve, and M9 (the same at all layers)."""
-        iterations, layers = self.curves["norm"].shape
-        columns = {
-            "iteration": torch.arange(iterations)[:, None].expand(-1, layers),
-            "layer": torch.arange(layers).expand(iterations, -1),
-            **self.curves,
-            **{f"degeneracy_{name}": x[:, None].expand(-1, layers) for name, x in self.degeneracy.items()},
-        }
-        flat = {name: values.flatten().tolist() for name, values in columns.items()}
-        return pd.DataFrame({**self.model, **flat})
+        """Its `summary`."""
+        return pd.DataFrame([self.summary()])
 
 
 def _angle(cosine: float) -> float:
@@ -149,11 +141,7 @@ def _late(curve: Tensor) -> Tensor:
 
 
 def measure_one(spec: RandomModel, model: HookedLoopedTransformer, settings: Settings) -> RandomResult:
-    """Measure a model that has its weights.
-
-    Raises:
-        DivergedError: If states become NaN or infinite; names the first iteration.
-    """
+    """Measure a model that has its weights."""
     tokens = settings.tokens(model.cfg.d_vocab)
     options: dict[str, Any] = {"patterns": False, "progress": False}
     with model.at_recurrences(settings.recurrences):
@@ -192,15 +180,7 @@ def measure_grid(
     resume: bool = True,
     progress: bool = True,
 ) -> list[RandomResult]:
-    """Measure models in order; those of one shape are quicker next to each other.
-
-    Args:
-        models: The models.
-        settings: How to measure.
-        cache: Folder for one file per model.
-        resume: Whether to read the files that are there.
-        progress: Whether to show a progress bar, for work beyond two seconds.
-    """
+    """Measure models in order, those of one shape next to each other; a file of each is kept in ``cache``."""
     opened: dict[tuple[Any, ...], HookedLoopedTransformer] = {}
 
     def measure(spec: RandomModel) -> RandomResult:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -84,15 +84,16 @@ class RandomModel:
         """
         native: Any = model.original_model
         generator = torch.Generator().manual_seed(self.seed)
-        std = INITS[self.init][1]
+        init = INITS[self.init]
         with torch.no_grad():
             for name, module in native.named_modules():
                 if isinstance(module, nn.Linear | nn.Embedding):
                     weight = module.weight
-                    kind = "embedding" if isinstance(module, nn.Embedding) else "input"
-                    kind = "output" if name.endswith(("o_proj", "down_proj")) else kind
-                    scale = std(kind, min(weight.shape), weight.shape[1], self.layers)
-                    weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
+                    std = init.embedding
+                    if isinstance(module, nn.Linear):
+                        std = init.std(min(weight.shape), weight.shape[1])
+                        std /= init.output(self.layers) if name.endswith(("o_proj", "down_proj")) else 1
+                    weight.copy_(torch.randn(weight.shape, generator=generator) * std)
             if self.injection and self.init == "identity":
                 eye = 0.7 * torch.eye(self.width)
                 native.model.injection.adapter.weight.copy_(torch.cat([eye, eye], dim=1))
@@ -100,42 +101,48 @@ class RandomModel:
             model.initial_state = self.seed
 
 
-def _huginn(kind: str, d_model: int, inputs: int, layers: int) -> float:
-    if kind == "embedding":
-        return math.sqrt(2 / 5)  # sqrt(2 / 5 d) times the embedding's factor sqrt(d)
-    std = math.sqrt(2 / (5 * d_model))
-    return std / math.sqrt(2 * _HUGINN_DEPTH) if kind == "output" else std
+class Init(NamedTuple):
+    """An initialisation: normal distributions with these standard deviations."""
+
+    text: str
+    embedding: float
+    std: Callable[[int, int], float]  # of other weights, by d_model and their number of inputs
+    output: Callable[[int], float] = lambda layers: (
+        1.0
+    )  # output projections are divided by it, by the number of layers
 
 
-def _wide(kind: str, d_model: int, inputs: int, layers: int) -> float:
-    return 0.02 if kind == "embedding" else 0.02 * math.sqrt(_WIDE / d_model)
+def _wide(d_model: int, inputs: int) -> float:
+    return 0.02 * math.sqrt(_WIDE / d_model)
 
 
-def _scaled(kind: str, d_model: int, inputs: int, layers: int) -> float:
-    return _wide(kind, d_model, inputs, layers) / (math.sqrt(2 * layers) if kind == "output" else 1)
+def _gpt2(layers: int) -> float:
+    return math.sqrt(2 * layers)
 
 
-def _over_inputs(factor: int) -> Callable[[str, int, int, int], float]:
-    return lambda kind, d_model, inputs, layers: (
-        1.0 if kind == "embedding" else 1 / math.sqrt(factor * inputs)
-    )
-
-
-INITS: dict[str, tuple[str, Callable[[str, int, int, int], float]]] = {
-    "huginn": (
+INITS: dict[str, Init] = {
+    "huginn": Init(
         "Huginn's: std sqrt(2/5d), output projections divided by sqrt(2 * 132), embedding and noise of std "
         "sqrt(2/5)",
-        _huginn,
+        math.sqrt(2 / 5),  # sqrt(2 / 5 d) times the embedding's factor sqrt(d)
+        lambda d_model, inputs: math.sqrt(2 / (5 * d_model)),
+        lambda layers: math.sqrt(2 * _HUGINN_DEPTH),
     ),
-    "wide": (
+    "wide": Init(
         "transformers' normal(0, 0.02) as it acts at width 2048: std 0.02 sqrt(2048/d), embedding 0.02",
+        0.02,
         _wide,
     ),
-    "scaled": ("as wide, output projections divided by sqrt(2 * layers), as in GPT-2", _scaled),
-    "identity": ("as scaled, but the injection is 0.7 [I, I]", _scaled),
-    "fan-in": ("std 1/sqrt(inputs), embedding 1", _over_inputs(1)),
-    "torch": ("PyTorch's variance: std 1/sqrt(3 inputs), embedding 1", _over_inputs(3)),
-    "small": ("transformers' normal(0, 0.02) at this very width", lambda *_: 0.02),
+    "scaled": Init(
+        "as wide, output projections divided by sqrt(2 * layers), as in GPT-2", 0.02, _wide, _gpt2
+    ),
+    "identity": Init("as scaled, but the injection is 0.7 [I, I]", 0.02, _wide, _gpt2),
+    "fan-in": Init("std 1/sqrt(inputs), embedding 1", 1.0, lambda d, inputs: 1 / math.sqrt(inputs)),
+    "torch": Init(
+        "PyTorch's variance: std 1/sqrt(3 inputs), embedding 1",
+        1.0,
+        lambda d, inputs: 1 / math.sqrt(3 * inputs),
+    ),
+    "small": Init("transformers' normal(0, 0.02) at this very width", 0.02, lambda d, inputs: 0.02),
 }
-"""Initialisations by name: what they are, and the standard deviation of a weight by its kind ("embedding", "output" or
-"input"), d_model, its number of inputs and the number of layers. All are normal distributions."""
+"""Initialisations by name."""

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
 
 import pandas as pd
 
-from loop_lens.experiments.claims import FAILS, HOLDS, Verdict
+from loop_lens.experiments.claims import CLAIMS, FAILS, HOLDS, Claim, Verdict
 from loop_lens.experiments.random_init.measures import RandomResult, by_kind
 
 _MEASURED = {
@@ -17,39 +15,6 @@ _MEASURED = {
     "one_point": "least cosine of layer 0 to any layer's state beyond, seed by seed",
     "apart": "angle of layer 0 to the farthest layer over the angle that layers still move, seed by seed",
 }
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What is said about one kind of model: on which side of a threshold a number must lie, for every seed."""
-
-    name: str
-    injection: bool
-    norm: str
-    measure: str  # a property of RandomResult
-    side: Literal["above", "below"]
-    threshold: float
-    text: str
-
-    @property
-    def sign(self) -> str:
-        """How a number compares with the threshold that meets the claim."""
-        return ">=" if self.side == "above" else "<"
-
-    def met(self, value: float) -> bool:
-        """Whether a number lies on the claim's side; NaN does not."""
-        return value >= self.threshold if self.side == "above" else value < self.threshold
-
-
-_TABLE: Any = pd.read_csv(Path(__file__).with_name("claims.csv"))
-CLAIMS: tuple[Claim, ...] = tuple(Claim(**row) for row in _TABLE.to_dict("records"))
-"""The paper's verdicts on random initialisation: on stability, on degeneracy, and what the last one implies.
-
-Their thresholds, measured with Huginn's initialisation, width 128, 4 to 16 layers and three seeds: 0.95 is 1 - tau of
-Algorithm 1; cosines to the state at 160 iterations were 0.964 to 1 in models that settle, -0.24 to 0.64 in those that
-do not. Layers count as apart from twice the angle that they still move: it was 1.01 times for pre-norm without
-injection, 130 to 305 times with it.
-"""
 
 
 @dataclass(frozen=True)
@@ -67,11 +32,7 @@ class SeedsVerdict(Verdict):
 
 
 def judge(claim: Claim, layers: int, values: Sequence[float]) -> SeedsVerdict:
-    """Compare a number of each seed with the claim's threshold.
-
-    Raises:
-        ValueError: If there is no number.
-    """
+    """Compare a number of each seed with the claim's threshold."""
     if not values:
         raise ValueError(f"no model of {layers} layers was measured to judge {claim.text!r} by")
     seeds = ", ".join(f"{value:.3g}" for value in values)
