@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import reprlib
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import field, fields, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -33,6 +36,26 @@ def merged(how: How, *, dim: int = 0, fill: float | None = None, **options: Any)
     return field(metadata={_HOW: (how, dim, fill)}, **options)
 
 
+class _Brief(reprlib.Repr):
+    """Values in one line: tensors by their dtype and shape, the first few items of everything else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxtuple = self.maxlist = self.maxdict = 6
+        self.maxstring = self.maxother = 60
+
+    def repr_Tensor(self, value: Tensor, level: int) -> str:
+        """A tensor."""
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        """Anything that has a representation of its own, a nested result too."""
+        return " ".join(super().repr_instance(x, level).split())
+
+
+_BRIEF, _WIDTH = _Brief(), 100
+
+
 class Result:
     """Base of the frozen dataclasses that measurements return.
 
@@ -49,6 +72,17 @@ class Result:
         >>> again.to_dataframe().equals(merged.to_dataframe())
         True
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.__repr__ = Result.__repr__  # a dataclass writes one of its own unless the class has one
+        if "to_dataframe" in vars(cls):
+            setattr(cls, "to_dataframe", _with_plain_iterations(cls.to_dataframe))  # noqa: B010
+
+    def __repr__(self) -> str:
+        lines = [f"  {f.name}={_BRIEF.repr(getattr(self, f.name))}" for f in fields(self)]  # type: ignore[arg-type]
+        cut = [line if len(line) <= _WIDTH else f"{line[: _WIDTH - 3]}..." for line in lines]
+        return "\n".join([f"{type(self).__name__}(", *cut, ")"])
 
     def merge(self, other: Self) -> Self:
         """The result on both results' prompts.
@@ -71,15 +105,11 @@ class Result:
 
     @abstractmethod
     def to_dataframe(self) -> pd.DataFrame:
-        """The result as a tidy table."""
+        """The result as a tidy table; iterations of nested loops are text as in names, ``"1.2"``."""
 
     def to_parquet(self, path: str | Path) -> None:
-        """Write the table of `to_dataframe`; nested iterations become text such as ``(1, 2)``."""
-        table = self.to_dataframe()
-        for column in table.columns:
-            if any(isinstance(value, tuple) for value in table[column]):
-                table[column] = table[column].map(str)
-        table.to_parquet(path, index=False)
+        """Write the table of `to_dataframe`."""
+        self.to_dataframe().to_parquet(path, index=False)
 
     def save(self, path: str | Path) -> None:
         """Write the whole result as one safetensors file, which `load` reads again."""
@@ -132,6 +162,24 @@ class Result:
             else:
                 given[each.name] = _with_tuples(about["value"])
         return cls(**given)
+
+
+def _with_plain_iterations(table: Callable[[Any], pd.DataFrame]) -> Callable[[Any], pd.DataFrame]:
+    """A table's maker whose columns hold one type each, as files of tables want it."""
+
+    @wraps(table)
+    def plain(self: Any) -> pd.DataFrame:
+        made = table(self)
+        for name in made.select_dtypes("object").columns:
+            if any(isinstance(value, tuple) for value in made[name]):
+                made[name] = [None if value is None else _dotted(value) for value in made[name]]
+        return made
+
+    return plain
+
+
+def _dotted(value: Any) -> str:
+    return ".".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _result_type(annotation: Any) -> type[Result]:
