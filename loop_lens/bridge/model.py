@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,8 +17,9 @@ from loop_lens.bridge.doors import require_known
 from loop_lens.bridge.firings import Firings
 from loop_lens.bridge.iterations import CountsFirings
 from loop_lens.bridge.modes import SharedBlocks
-from loop_lens.bridge.names import in_scope, resolve, visible
-from loop_lens.bridge.selection import Bounds, NamesFilter, Selector, as_asked
+from loop_lens.bridge.names import Shown, in_scope, resolve, visible
+from loop_lens.bridge.registry import few
+from loop_lens.bridge.selection import Bounds, NamesFilter, Selector, as_asked, firing_at
 from loop_lens.bridge.weights import Weights
 from loop_lens.prompts.inputs import token_mask
 from loop_lens.unrolling.additive import raise_non_additive
@@ -79,11 +81,11 @@ class HookedLoopedTransformer(SharedBlocks):
     def add_hook(self, name: Any, hook_fn: Any, dir: Any = "fwd", is_permanent: bool = False) -> None:
         """Add a hook by name, in either spelling, or to all names that a predicate accepts."""
         if isinstance(name, str):
-            super().add_hook(self.registry.canonical(name), hook_fn, dir, is_permanent)
+            own = self.registry.canonical(name)
+            super().add_hook(own, Shown(self.registry, hook_fn, own, None), dir, is_permanent)
             return
-        accepted = self.registry.matching(name)
-        with in_scope(self.registry, accepted):
-            super().add_hook(set(accepted).__contains__, hook_fn, dir, is_permanent)
+        for own, function in resolve(self, [(name, hook_fn)], "add_hook"):
+            super().add_hook(own, Shown(self.registry, function.function, own, None), dir, is_permanent)
 
     @contextmanager
     def hooks(
@@ -101,10 +103,9 @@ class HookedLoopedTransformer(SharedBlocks):
             >>> torch.equal(zeroed, model(prompt))
             False
         """
-        forward, touched = resolve(self.registry, fwd_hooks)
-        backward, also = resolve(self.registry, bwd_hooks)
+        forward, backward = resolve(self, fwd_hooks, "hooks"), resolve(self, bwd_hooks, "hooks")
         with ExitStack() as stack:
-            with in_scope(self.registry, [*touched, *also]):
+            with in_scope(self.registry, [name for name, _ in (*forward, *backward)]):
                 stack.enter_context(super().hooks(forward, backward, reset_hooks_end, clear_contexts))
             yield self
 
@@ -136,19 +137,18 @@ class HookedLoopedTransformer(SharedBlocks):
         with ExitStack() as stack:
             stack.enter_context(self._whole_call(recurrences))
             bounds = self._bounds(start_at_layer, stop_at_layer)
-            forward, touched = resolve(self.registry, fwd_hooks)
-            backward, also = resolve(self.registry, bwd_hooks)
-            live = {name for name in (*touched, *also) if self._selector.fires(name, bounds)}
-            stack.enter_context(in_scope(self.registry, [*touched, *also]))
+            every = [resolve(self, hooks, "run_with_hooks") for hooks in (fwd_hooks, bwd_hooks)]
+            forward, backward = ([h for h in hooks if self._selector.fires(h[0], bounds)] for hooks in every)
+            stack.enter_context(in_scope(self.registry, [name for name, _ in (*forward, *backward)]))
             return super().run_with_hooks(
                 input,
-                [(n, f) for n, f in forward if not isinstance(n, str) or n in live],
-                [(n, f) for n, f in backward if not isinstance(n, str) or n in live],
+                forward,
+                backward,
                 reset_hooks_end,
                 clear_contexts,
                 return_type,
-                stop_at_layer,
-                start_at_layer,
+                bounds[1],
+                bounds[0],
                 remove_batch_dim,
                 **kwargs,
             )
@@ -163,6 +163,7 @@ class HookedLoopedTransformer(SharedBlocks):
         start_at_layer: int | None = None,
         *,
         recurrences: int | None = None,
+        reset_hooks_end: bool = True,
         **kwargs: Any,
     ) -> Any:
         """Run and cache activations, as in transformer-lens.
@@ -176,6 +177,7 @@ class HookedLoopedTransformer(SharedBlocks):
             stop_at_layer: Firing to stop before.
             start_at_layer: Firing to start at; ``input`` is then the stream that enters it.
             recurrences: Number of iterations, for this run only; the cache keeps its names.
+            reset_hooks_end: Whether to take the caching hooks away again; the cache follows later runs otherwise.
             **kwargs: As in transformer-lens (``pos_slice``, ``incl_bwd``, ``device``, ...).
 
         Returns:
@@ -196,7 +198,10 @@ class HookedLoopedTransformer(SharedBlocks):
             selection = self._selector.select(names_filter, bounds)
             if names_filter is not None:
                 self._warn_gated_skipped("run_with_cache", selection.gated)
-            seen = list(selection.names)
+            wanted = list(selection.names)
+            if not reset_hooks_end:  # hooks that stay write each of the names asked for
+                wanted += selection.asked(names_filter)
+            seen = list(wanted)
             if bounds[1] is not None and bounds[1] < len(self.schedule):
                 seen.append(f"blocks.{bounds[1]}.hook_in")
             stack.enter_context(in_scope(self.registry, seen))
@@ -204,9 +209,10 @@ class HookedLoopedTransformer(SharedBlocks):
                 input,
                 True,
                 remove_batch_dim,
-                names_filter=selection.names.__contains__,
-                stop_at_layer=stop_at_layer,
-                start_at_layer=start_at_layer,
+                names_filter=set(wanted).__contains__,
+                stop_at_layer=bounds[1],
+                start_at_layer=bounds[0],
+                reset_hooks_end=reset_hooks_end,
                 **kwargs,
             )
             tensors: dict[str, Tensor] = cache.cache_dict
@@ -225,7 +231,23 @@ class HookedLoopedTransformer(SharedBlocks):
             return super().get_caching_hooks(None, *args, **kwargs)
         chosen = self._selector.named(names_filter)
         with in_scope(self.registry, chosen):
-            return super().get_caching_hooks(set(chosen).__contains__, *args, **kwargs)
+            cache, *both = super().get_caching_hooks(set(chosen).__contains__, *args, **kwargs)
+        # They store under the name that they are shown, and under the others that were asked for.
+        return cache, *([(self.registry.canonical(name), f) for name, f in hooks] for hooks in both)
+
+    def _resolve_hook_point(self, name: str, aliases: Any, hook_dict: Any) -> tuple[str, HookPoint]:
+        """The hook point of a flat name, whatever names another thread's forward gives to open blocks."""
+        if self.firings.physical:
+            return super()._resolve_hook_point(name, aliases, hook_dict)
+        return name, self.registry[name]
+
+    def _warn_gated_skipped(self, api: str, names: list[str], stacklevel: int = 3) -> None:
+        if names:
+            warnings.warn(
+                f"{api}: skipped {len(names)} gated-off hooks that would never fire ({few([], names)}): call "
+                "the relevant set_use_*(True) setter first to enable them.",
+                stacklevel=stacklevel,
+            )
 
     def hook_points(self) -> Iterable[HookPoint]:
         """Every hook point once; opens every block."""
@@ -245,7 +267,11 @@ class HookedLoopedTransformer(SharedBlocks):
 
     def _bounds(self, start: int | None, stop: int | None) -> Bounds:
         n = len(self.schedule)
-        first, last = (n + k if k is not None and k < 0 else k for k in (start, stop))
+        first, last = firing_at("start_at_layer", start, n, n - 1), firing_at("stop_at_layer", stop, n, n)
+        if first is not None and last is not None and first > last:
+            raise ValueError(
+                f"start_at_layer={start} comes after stop_at_layer={stop}: a forward runs from the first to the second"
+            )
         return first, last
 
     def forward(
@@ -299,6 +325,8 @@ class HookedLoopedTransformer(SharedBlocks):
                     **kwargs,
                 )
         require_known(self, "forward", kwargs)
+        if "logits_and_cache" in (*args[:1], kwargs.get("return_type")):
+            kwargs.setdefault("use_cache", True)
         start, stop = self._bounds(start_at_layer, stop_at_layer)
         window: dict[str, Any] = {"stop": stop, "rows": rows}
         if start is not None:
@@ -319,10 +347,6 @@ class HookedLoopedTransformer(SharedBlocks):
             raise ValueError(
                 "start_at_layer takes the residual stream [batch pos d_model] that enters that firing, e.g. "
                 f"cache['blocks.{start}.hook_resid_pre'], got {type(input).__name__}"
-            )
-        if not 0 <= start < len(self.schedule):
-            raise ValueError(
-                f"start_at_layer={start} does not exist: there are firings 0-{len(self.schedule) - 1}"
             )
         return input if input.ndim == 3 else input.unsqueeze(0)
 

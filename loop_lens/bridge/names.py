@@ -62,7 +62,7 @@ def find_site(
     try:
         firing = model.schedule.find(segment, iteration, layer)
     except UnknownNameError as error:
-        raise UnknownNameError(f"{error}; {model.registry.describe_hooks(0)}") from None
+        raise UnknownNameError(f"{error}; {model.registry.describe_hooks(0, hook)}") from None
     return _inside(model, firing, hook)
 
 
@@ -108,7 +108,7 @@ def hook_of(model: Looped, kind: str) -> tuple[str, bool]:
         own_sites = sorted(name.removeprefix("hook_") for name in between)
         raise UnknownNameError(
             f"the site {kind!r} does not exist in this model: between blocks there are "
-            f"{', '.join(own_sites)}; {model.registry.describe_hooks(block)}"
+            f"{', '.join(own_sites)}; {model.registry.describe_hooks(block, kind)}"
         )
     return hook, False
 
@@ -149,19 +149,74 @@ def n_heads(model: Looped, hook: str) -> int:
     return int(model.cfg.n_heads)
 
 
-def resolve(registry: HookRegistry, hooks: Iterable[Hook]) -> tuple[list[Hook], list[str]]:
-    """Hooks with flat names, and the flat names that they touch."""
-    resolved: list[Hook] = []
-    touched: list[str] = []
+class SeenPoint:
+    """A hook point as a hook function is shown it: under the name that was asked for, with its iteration.
+
+    Attributes:
+        name: The name asked for, in its spelling; where none was, the point's own.
+        iteration: The iteration of its loop, None outside loops.
+
+    Example:
+        >>> seen = []
+        >>> note = lambda value, hook: seen.append((hook.name, hook.iteration))
+        >>> _ = model.run_with_hooks(prompt, fwd_hooks=[("loop.3.blocks.1.hook_resid_post", note)])
+        >>> seen
+        [('loop.3.blocks.1.hook_resid_post', 3)]
+    """
+
+    __slots__ = ("_asked", "_point", "iteration")
+
+    def __init__(self, point: Any, asked: str | None, iteration: Iteration) -> None:
+        for name, value in (("_point", point), ("_asked", asked), ("iteration", iteration)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def name(self) -> str:
+        return self._asked or self._point.name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._point, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._point, name, value)
+
+
+class Shown:
+    """A hook function that is shown its hook point as a `SeenPoint`."""
+
+    def __init__(
+        self, registry: HookRegistry, function: Callable[..., Any], name: str, asked: str | None
+    ) -> None:
+        self.function, self.asked = function, asked
+        self.iteration = None if name in registry.fixed else registry.locate(name).iteration
+
+    def __call__(self, value: Any, hook: Any) -> Any:
+        return self.function(value, hook=SeenPoint(hook, self.asked, self.iteration))
+
+    def __repr__(self) -> str:
+        # transformer-lens asks for it with every hook, and a partial's own shows whole tensors.
+        return f"Shown({getattr(self.function, '__qualname__', type(self.function).__name__)})"
+
+
+def resolve(bridge: Any, hooks: Iterable[Hook], api: str) -> list[Any]:
+    """Pairs of a flat name and a `Shown` function, one for each hook point.
+
+    Those that a flag keeps from firing are left out, with a warning, where a predicate accepts them.
+    """
+    registry: HookRegistry = bridge.registry
+    resolved: list[Any] = []
+    gated: list[str] = []
     for name, function in hooks:
         if isinstance(name, str):
-            accepted = [registry.flat(name)]
-            resolved.append((accepted[0], function))
-        else:
-            accepted = registry.matching(name)
-            resolved.append((set(accepted).__contains__, function))
-        touched += accepted
-    return resolved, touched
+            resolved.append((registry.flat(name), Shown(registry, function, name, name)))
+            continue
+        for own in dict.fromkeys(map(registry.canonical, registry.matching(name))):
+            if bridge._gated_hook_reason(own) is None:
+                resolved.append((own, Shown(registry, function, own, own)))
+            else:
+                gated.append(own)
+    bridge._warn_gated_skipped(api, gated, stacklevel=4)
+    return resolved
 
 
 @contextmanager

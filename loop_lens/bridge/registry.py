@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cached_property
 
 from torch import Tensor
@@ -15,6 +17,22 @@ from loop_lens.unrolling.sites import Firing, Site
 from loop_lens.unrolling.tree import UnknownNameError
 
 _SCHEDULES = 16  # that the names found are kept of
+_USUAL = (
+    "hook_resid_pre",
+    "hook_resid_post",
+    "attn.hook_z",
+    "attn.hook_pattern",
+    "hook_attn_out",
+    "hook_mlp_out",
+)
+
+
+def few(first: Iterable[str], names: Iterable[str], near: str = "", most: int = 7) -> str:
+    """A few of many names in words: those near one, then some that come first, then others; and how many more."""
+    names = list(names)
+    shown = list(dict.fromkeys([*get_close_matches(near, names, 3), *first, *names]))
+    rest = len(shown) - most
+    return ", ".join(shown[:most]) + (f" and {rest} more (model.hook_dict has all)" if rest > 0 else "")
 
 
 @dataclass(frozen=True)
@@ -96,20 +114,21 @@ class HookRegistry(MutableMapping[str, HookPoint]):
         try:
             site = schedule.site(name)
         except UnknownNameError as error:
-            raise UnknownNameError(f"{error}; {self.describe_hooks(0)}") from None
+            raise UnknownNameError(f"{error}; {self.describe_hooks(0, name)}") from None
         place, hook = site
         if not isinstance(place, Firing):
             return site
         known = self.names[place.block].canonical
         if hook not in known:
             raise UnknownNameError(
-                f"{name!r} does not exist: {self.describe_hooks(place.block)}; {schedule.describe()}"
+                f"{name!r} does not exist: {self.describe_hooks(place.block, hook)}; {schedule.describe()}"
             )
         return replace(site, goes_by=known[hook])
 
-    def describe_hooks(self, block: int) -> str:
-        """The hooks within a block, in words."""
-        return f"a block has the hooks {', '.join(sorted(self.names[block].canonical))}"
+    def describe_hooks(self, block: int, near: str = "") -> str:
+        """Some hooks within a block in words, first those whose name is near one."""
+        names, near = self.names[block].canonical, re.sub(r".*\bblocks\.\d+\.", "", near)
+        return f"a block has the hooks {few([n for n in _USUAL if n in names], names, near)}"
 
     def flat(self, name: str) -> str:
         """The flat spelling of any name, also of one outside the blocks.

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from loop_lens.bridge.registry import HookRegistry
+from loop_lens.unrolling.numbers import whole
 from loop_lens.unrolling.schedule import Schedule
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
@@ -27,10 +28,12 @@ class Selection:
     Attributes:
         names: Each hook point's own name, with all names that were asked for.
         gated: The own names of hook points asked for that a flag keeps from firing.
+        strict: Whether nothing but the names asked for is to be cached, as where a predicate rejects others.
     """
 
     names: dict[str, list[str]]
     gated: list[str]
+    strict: bool = False
 
     def spread(self, tensors: dict[str, Tensor]) -> None:
         """What is cached once, under the name that hook functions see, is found under all its names."""
@@ -38,6 +41,15 @@ class Selection:
             for suffix in ("", "_grad"):
                 if own + suffix in tensors:
                     tensors.update((name + suffix, tensors[own + suffix]) for name in names)
+                    if self.strict and own not in names:
+                        del tensors[own + suffix]
+
+    def asked(self, names_filter: NamesFilter) -> list[str]:
+        """Every name asked for of the hook points to keep, also as it was spelt, without their own names."""
+        spelt = [names_filter] if isinstance(names_filter, str) else names_filter
+        names = [name for names in self.names.values() for name in names]
+        names += spelt if isinstance(spelt, list | tuple) else []
+        return [name for name in dict.fromkeys(names) if name not in self.names]
 
     def warn_unfired(self, tensors: dict[str, Tensor]) -> None:
         """Warn of hook points that did not fire."""
@@ -88,7 +100,7 @@ class Selector:
         gated = [name for name in names if self.bridge._gated_hook_reason(name) is not None]
         for name in gated:
             del names[name]
-        return Selection(names, gated)
+        return Selection(names, gated, strict=callable(names_filter))
 
     def named(self, names_filter: NamesFilter) -> list[str]:
         """The flat names that a filter asks for."""
@@ -114,6 +126,22 @@ class Selector:
         if site.between:
             return (start is None or before > start) and (stop is None or before <= stop)
         return (start is None or before >= start) and (stop is None or before < stop)
+
+
+def firing_at(what: str, index: Any, n: int, last: int) -> int | None:
+    """A bound of a forward through n firings, counted from the first; None for none.
+
+    Raises:
+        ValueError: If it is no whole number, or no firing is there.
+    """
+    if index is None:
+        return None
+    k = whole(index, what)
+    if not -n <= k <= last:
+        raise ValueError(
+            f"{what}={k} does not exist: there are firings 0-{n - 1}, or -{n} to -1 from the end"
+        )
+    return n + k if k < 0 else k
 
 
 def as_asked(tensors: dict[str, Tensor], names_filter: Any, registry: HookRegistry) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from loop_lens.bridge.model import HookedLoopedTransformer
+from loop_lens.bridge.names import Shown
 from loop_lens.unrolling.sites import Layout, layout_of
 
 
@@ -208,7 +209,8 @@ def _hooks_of(model: HookedLoopedTransformer) -> Iterator[tuple[HookPoint, Any]]
     """Every forward hook that was put on a hook point, with the point."""
     for point in model.registry.existing():
         for handle in point.fwd_hooks:
-            yield point, handle.user_hook
+            function = handle.user_hook
+            yield point, function.function if isinstance(function, Shown) else function
 
 
 @dataclass

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.bridge.names import find_sites, n_heads
+from loop_lens.unrolling.numbers import plain
 from loop_lens.unrolling.sites import Site
 
 Iterations = int | tuple[int, ...] | slice | Iterable[Any] | None
@@ -17,17 +17,6 @@ Layers = int | slice | Iterable[int] | None
 """One layer, several, a slice of them, or None for all."""
 Places = Iterable[int] | None
 """Several positions or heads, or None for all."""
-
-
-def plain(chosen: Any) -> Any:
-    """What a user chose, with Python's own integers in place of those of numpy and torch."""
-    if chosen is None or isinstance(chosen, slice):
-        return chosen
-    if isinstance(chosen, tuple):
-        return tuple(plain(item) for item in chosen)
-    if getattr(chosen, "ndim", 0) == 0 and hasattr(chosen, "__index__"):
-        return operator.index(chosen)
-    return [plain(item) for item in chosen]
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,12 @@ class ReadsInput(TransformerBridge):
             **kwargs: As in transformer-lens.
 
         Raises:
-            ValueError: If a text has more tokens than the context, and ``truncate`` is not given.
+            ValueError: If a text has more tokens than the context, and ``truncate`` is not given, or none at all.
         """
+        prepend_bos = args[0] if args else kwargs.get("prepend_bos")
+        prepended = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
+        if not prepended and "" in ([input] if isinstance(input, str) else list(input)):
+            raise ValueError("an empty text has no tokens: give some text, or prepend_bos=True")
         tokens = super().to_tokens(input, *args, truncate=bool(truncate), **kwargs)
         if truncate is None:
             require_context(self, tokens.shape[-1], "the text")
@@ -93,6 +97,10 @@ def _read(model: TransformerBridge, given: Any, *, left: bool = False) -> tuple[
         TypeError: If it is neither; says what it is.
         ValueError: If an id is not in the vocabulary, or there is nothing.
     """
+    if isinstance(given, Tensor) and not given.numel():
+        raise ValueError(
+            f"input has shape {list(given.shape)}: give at least one prompt of at least one token"
+        )
     if isinstance(given, Tensor) and given.is_floating_point():
         if given.ndim not in (2, 3) or given.shape[-1] != model.cfg.d_model:
             raise TypeError(f"input must be {_TAKEN}, got a {given.dtype} tensor {list(given.shape)}")

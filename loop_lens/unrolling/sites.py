@@ -257,7 +257,9 @@ def pick(what: str, chosen: Any, every: list[Any]) -> list[Any]:
     if isinstance(chosen, slice):
         wanted = every[chosen]
     else:
-        wanted = [chosen] if isinstance(chosen, int | tuple) else list(chosen)
+        wanted = (
+            [chosen] if isinstance(chosen, int) or (isinstance(chosen, tuple) and chosen) else list(chosen)
+        )
     if not wanted:
         raise ValueError(f"{given!r} chooses no {what}: there are {every[0]} to {every[-1]}, and None is all")
     missing = [item for item in wanted if item not in every]

@@ -23,7 +23,8 @@ class NativeBody(LoopBody):
     def __init__(self, model: LoopedTransformer) -> None:
         trunk, config = model.model, model.config
         self.model, self.config = trunk, config
-        super().__init__(trunk, [*trunk.prelude, *trunk.core, *trunk.coda], config.schedule())
+        blocks = [*trunk.prelude, *trunk.core, *trunk.coda]
+        super().__init__(trunk, blocks, config.schedule(), cache_slots=False)
         self.non_additive_because = config.non_additive_because
         if config.block_norm != "pre":
             self.fold_unsound_because = "norms come after the weights that they would be folded into"

@@ -26,7 +26,7 @@ from loop_lens.models.native.layers import (
 )
 from loop_lens.models.native.state import InitialState, draw_initial_state, require_initial_state
 from loop_lens.unrolling.keywords import keywords_of, require_keywords
-from loop_lens.unrolling.kv import CACHE_NAME
+from loop_lens.unrolling.kv import CACHE_NAME, CacheSlot
 from loop_lens.unrolling.numbers import whole
 from loop_lens.unrolling.slots import tied_clone
 
@@ -102,10 +102,21 @@ class Pass:
     times: int
     outputs: list[Tensor] | None
 
-    def through(self, blocks: nn.ModuleList, stream: Tensor) -> Tensor:
-        """The stream [batch pos d_model] after these blocks."""
-        for block in blocks:
-            stream = block(stream, **self.shared)
+    def through(self, blocks: nn.ModuleList, stream: Tensor, slots: int | None = None) -> Tensor:
+        """The stream [batch pos d_model] after these blocks.
+
+        Args:
+            blocks: The blocks.
+            stream: What enters them.
+            slots: Where their own slots of the key-value cache begin; each block's first by default.
+        """
+        for layer, block in enumerate(blocks):
+            shared, cache = self.shared, self.shared["past_key_values"]
+            if slots is not None and cache is not None:
+                attention: Any = block.self_attn
+                slot = CacheSlot(cache, slots + layer, attention.layer_idx)
+                shared = {**shared, "past_key_values": slot}
+            stream = block(stream, **shared)
             if self.outputs is not None:
                 self.outputs.append(stream)
         return stream
@@ -305,7 +316,9 @@ class LoopedModel(LoopedPreTrainedModel):
         state = site(f"loop.{t}.hook_state_in", state)
         if config.injection != "none":
             state = site(f"loop.{t}.hook_injected", self.injection(state, _rows_of(e, len(state))))
-        state = run.through(self.core, state)
+        # Behind the first slots of all blocks.
+        slots = config.num_hidden_layers + (t - 1) * config.core_layers if t else None
+        state = run.through(self.core, state, slots)
         if config.loop_norm:
             # With no coda, the last iteration's norm is the final one.
             final = t == run.times - 1 and not config.coda_layers
@@ -378,7 +391,7 @@ class LoopedTransformer(LoopedPreTrainedModel, GenerationMixin):
             past_key_values: Cache of earlier positions; every firing has a slot of its own.
             inputs_embeds: Embeddings [batch pos d_model] instead of tokens.
             labels: Tokens to predict, for the next-token loss at full depth.
-            use_cache: Whether to return a cache.
+            use_cache: Whether to make a cache and return it; without being asked, only generation does.
             output_hidden_states: Whether to return every firing's output, in order.
             logits_to_keep: Read out this many last positions only; 0 for all.
             cache: Another name of ``past_key_values``, the one of transformers 5.24 and later.
