@@ -15,6 +15,7 @@ from transformer_lens.model_bridge.component_setup import setup_submodules
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from loop_lens.bridge.blocks import FiringBlocks, hook_point
+from loop_lens.bridge.latents import keep_latents
 from loop_lens.bridge.norms import keep_own_norms
 from loop_lens.bridge.projections import fuse_projections, projections_apart
 from loop_lens.bridge.registry import BlockNames, HookRegistry
@@ -203,5 +204,6 @@ def _prepare(block: nn.Module) -> None:
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False  # type: ignore[assignment]
     accept_either_cache_name(block)
+    keep_latents(block)
     keep_own_norms(block)
     fuse_projections(block)

@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
@@ -24,6 +25,7 @@ from loop_lens.bridge.weights import Weights
 from loop_lens.prompts.inputs import token_mask
 from loop_lens.unrolling.additive import raise_non_additive
 from loop_lens.unrolling.body import LoopBody
+from loop_lens.unrolling.calls import additive
 
 
 class HookedLoopedTransformer(SharedBlocks):
@@ -339,6 +341,9 @@ class HookedLoopedTransformer(SharedBlocks):
                 input = input[:1]
         elif prelude_out is not None:
             raise ValueError("prelude_out goes with start_at_layer: otherwise the prelude computes it")
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 4:
+            kwargs["attention_mask"] = additive(mask, self.W_E.dtype)  # eager attention adds it to scores
         with self.body.window(**window):
             return super().forward(input, *args, **kwargs)
 

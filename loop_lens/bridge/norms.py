@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge.generalized_components import NormalizationBridge
 
-from loop_lens.models.native.attention import ValueAndGraph, mix_in, shown
+from loop_lens.models.native.attention import ValueAndGraph, mix_in, show
 from loop_lens.models.native.layers import widened
 
 
@@ -34,12 +34,12 @@ class _OwnNorm(NormalizationBridge):
         if not self.uses_rms_norm:
             wide = wide - wide.mean(-1, keepdim=True)
         square = wide.pow(2).mean(-1, keepdim=True) + self._eps(wide.dtype)
-        scale, scale_kept = shown(self.hook_scale, square.sqrt())
+        scale, scale_kept = show(self.hook_scale, square.sqrt())
         normalized = wide / scale
         if scale_kept:  # as norms compute it, to the last bit
             exact = wide * torch.rsqrt(square)
             normalized = ValueAndGraph.apply(exact.detach(), normalized) if scale.requires_grad else exact
-        normalized, kept = shown(self.hook_normalized, normalized)
+        normalized, kept = show(self.hook_normalized, normalized)
         kept = kept and scale_kept
         if kept and not normalized.requires_grad:
             return own

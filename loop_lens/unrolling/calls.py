@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Bare = Callable[..., Any]
@@ -24,6 +25,11 @@ def with_hidden_states(
     if args and isinstance(args[0], Tensor):
         return (value, *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": value}
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean attention mask, True where attended to, as what eager attention adds to its scores."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def map_output(function: Callable[[Tensor], Tensor], output: Any) -> Any:

@@ -25,11 +25,19 @@ class CacheSlot:
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Add keys and values to the firing's slot, as ``transformers.Cache.update``."""
+        self._grow()
+        return self._cache.update(keys, values, self._slot, *args, **kwargs)
+
+    def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
+        """Add keys of a sparse attention's indexer to the firing's slot."""
+        self._grow()
+        return self._cache.update_indexer(keys, self._slot)
+
+    def _grow(self) -> None:
         layers = self._cache.layers
         replicates = getattr(self._cache, "layer_class_to_replicate", None) is not None
         while not replicates and len(layers) <= self._slot:
             layers.append(_fresh_layer(layers[self._like]))
-        return self._cache.update(keys, values, self._slot, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens in the firing's slot."""
@@ -41,7 +49,7 @@ class CacheSlot:
 
 def _fresh_layer(layer: Any) -> Any:
     window = getattr(layer, "sliding_window", None)
-    if type(layer).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer"):
+    if type(layer).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer"):
         raise ValueError(
             f"a looped model needs a cache that can grow by layers, got one of {type(layer).__name__}: "
             "use transformers.DynamicCache"

@@ -82,9 +82,9 @@ class LoopedAttentionBridge(PositionEmbeddingsAttentionBridge):
             return None, None, True
         scores = torch.matmul(q, repeat_kv(k, attn.num_key_value_groups).transpose(-2, -1)) * attn.scaling
         scores = self._apply_reconstruct_attention_mask(scores, mask, k.shape[-2], q.shape[-2])
-        scores, scores_kept = shown(self.hook_attn_scores, scores)
+        scores, scores_kept = show(self.hook_attn_scores, scores)
         pattern = torch.nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-        pattern, pattern_kept = shown(self.hook_pattern, pattern)
+        pattern, pattern_kept = show(self.hook_pattern, pattern)
         kept = scores_kept and pattern_kept
         if kept and not pattern.requires_grad:
             return None, pattern, True
@@ -142,7 +142,7 @@ def mix_in(module: nn.Module, mixin: type) -> None:
         module.__class__ = both
 
 
-def shown(point: HookPoint, value: Tensor) -> tuple[Tensor, bool]:
+def show(point: HookPoint, value: Tensor) -> tuple[Tensor, bool]:
     """What a hook point makes of a value, and whether it is known to have left it as it was."""
     before = value.clone() if value.is_inference() else value  # inference tensors count no versions
     version = None if value.is_inference() else value._version
