@@ -133,6 +133,7 @@ class Unroller:
         self.executor: Executor | None = None
         self.observer: Observer | None = None
         self._thread = _Thread()
+        self._kinds = [own_class(block) for block in blocks]
         self._extras: dict[type, int | None] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Unroller:
@@ -283,17 +284,20 @@ class Unroller:
             args = tuple(self._slotted(value, firing, executed) for value in args)
             kwargs = {key: self._slotted(value, firing, executed) for key, value in kwargs.items()}
         if self.executor is None:
-            return bare(*args, **kwargs)
-        order = run.plan.order
-        named = firing if order is None else order.named[firing.index]
-        return self.executor(run, named, bare, args, kwargs)
+            out = bare(*args, **kwargs)
+        else:
+            order = run.plan.order
+            named = firing if order is None else order.named[firing.index]
+            out = self.executor(run, named, bare, args, kwargs)
+        self._extras[self._kinds[firing.block]] = len(out) - 1 if isinstance(out, tuple) else None
+        return out
 
     def _skipped(self, firing: Firing, bare: Bare, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The input of a firing that does not run, in the form in which blocks of its class return a stream.
 
-        The first time a class is met, one of its blocks runs to show that form.
+        Where no block of its class has run before, one runs to show that form.
         """
-        kind = own_class(self.blocks[firing.block])
+        kind = self._kinds[firing.block]
         if kind not in self._extras:
             bare_args = tuple(None if isinstance(value, Cache) else value for value in args)
             bare_kwargs = {k: None if isinstance(value, Cache) else value for k, value in kwargs.items()}

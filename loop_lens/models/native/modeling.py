@@ -24,9 +24,10 @@ from loop_lens.models.native.layers import (
     LoopedRMSNorm,
     ScaledEmbedding,
 )
+from loop_lens.models.native.passes import Pass
 from loop_lens.models.native.state import InitialState, draw_initial_state, require_initial_state
 from loop_lens.unrolling.keywords import keywords_of, require_keywords
-from loop_lens.unrolling.kv import CACHE_NAME, CacheSlot
+from loop_lens.unrolling.kv import CACHE_NAME
 from loop_lens.unrolling.numbers import whole
 from loop_lens.unrolling.slots import tied_clone
 
@@ -84,42 +85,6 @@ def _tied_std(config: LoopedConfig) -> float:
     """
     n = config.vocab_size
     return math.log1p(n * (n**0.03 - 1)) / config.hidden_size
-
-
-@dataclass
-class Pass:
-    """One forward under way: what its parts share.
-
-    Attributes:
-        shared: Arguments of every block: mask, positions, rotary embeddings, cache.
-        past: Number of positions in the cache before this forward.
-        times: Number of iterations.
-        outputs: What the firings so far have put out, None where nobody asked.
-    """
-
-    shared: dict[str, Any]
-    past: int
-    times: int
-    outputs: list[Tensor] | None
-
-    def through(self, blocks: nn.ModuleList, stream: Tensor, slots: int | None = None) -> Tensor:
-        """The stream [batch pos d_model] after these blocks.
-
-        Args:
-            blocks: The blocks.
-            stream: What enters them.
-            slots: Where their own slots of the key-value cache begin; each block's first by default.
-        """
-        for layer, block in enumerate(blocks):
-            shared, cache = self.shared, self.shared["past_key_values"]
-            if slots is not None and cache is not None:
-                attention: Any = block.self_attn
-                slot = CacheSlot(cache, slots + layer, attention.layer_idx)
-                shared = {**shared, "past_key_values": slot}
-            stream = block(stream, **shared)
-            if self.outputs is not None:
-                self.outputs.append(stream)
-        return stream
 
 
 class LoopedModel(LoopedPreTrainedModel):
