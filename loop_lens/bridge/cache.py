@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import wraps
@@ -38,6 +40,7 @@ class LoopCache(ActivationCache):
 
     model: Looped
     mask: Bool[Tensor, "batch pos"] | None = None
+    _stacks: tuple[tuple[weakref.ref[Tensor], str], ...] = ()
 
     def __init__(
         self,
@@ -151,46 +154,82 @@ class LoopCache(ActivationCache):
         self._require_additive("decompose_resid")
         return super().decompose_resid(*args, **kwargs)
 
+    def accumulated_resid(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformer-lens."""
+        stack = super().accumulated_resid(*args, **kwargs)
+        return (
+            stack
+            if _asked("accumulated_resid", args, kwargs).get("apply_ln")
+            else self._noted(stack, "streams")
+        )
+
     def stack_head_results(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformer-lens; with ``incl_remainder`` or ``apply_ln`` on an additive stream only.
 
         Raises:
-            NonAdditiveStreamError: If asked for a share of the stream that is not one sum.
+            NonAdditiveStreamError: If asked for a share of the stream that is not one sum, or where a norm
+                follows the branch.
         """
-        if kwargs.get("incl_remainder") or kwargs.get("apply_ln"):
-            self._require_additive("stack_head_results(incl_remainder=..., apply_ln=...)")
-        return super().stack_head_results(*args, **kwargs)
+        return self._branches("stack_head_results", args, kwargs)
 
     def stack_neuron_results(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformer-lens; with ``incl_remainder`` or ``apply_ln`` on an additive stream only.
 
         Raises:
-            NonAdditiveStreamError: If asked for a share of the stream that is not one sum.
+            NonAdditiveStreamError: If asked for a share of the stream that is not one sum, or where a norm
+                follows the branch.
         """
-        if kwargs.get("incl_remainder") or kwargs.get("apply_ln"):
-            self._require_additive("stack_neuron_results(incl_remainder=..., apply_ln=...)")
-        return super().stack_neuron_results(*args, **kwargs)
+        return self._branches("stack_neuron_results", args, kwargs)
+
+    def _branches(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        asked = _asked(name, args, kwargs)
+        if asked.get("incl_remainder") or asked.get("apply_ln"):
+            self._require_additive(f"{name}(incl_remainder=..., apply_ln=...)", of_branches=True)
+        return self._noted(getattr(super(), name)(*args, **kwargs), "branches")
 
     def get_full_resid_decomposition(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformer-lens, on an additive stream.
 
         Raises:
-            NonAdditiveStreamError: If the model's stream is not one sum.
+            NonAdditiveStreamError: If the model's stream is not one sum, or norms follow its branches.
         """
-        self._require_additive("get_full_resid_decomposition")
+        self._require_additive("get_full_resid_decomposition", of_branches=True)
         return super().get_full_resid_decomposition(*args, **kwargs)
 
-    def logit_attrs(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformer-lens, on an additive stream.
+    def logit_attrs(self, residual_stack: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As in transformer-lens, on an additive stream; of `accumulated_resid` on any whose final norm is folded.
 
         Raises:
-            NonAdditiveStreamError: If the model's stream is not one sum.
+            NonAdditiveStreamError: If a stream that is not one sum would be taken for one.
         """
-        self._require_additive("logit_attrs")
-        return super().logit_attrs(*args, **kwargs)
+        known = next(
+            (kind for ref, kind in self._stacks if ref() is not None and ref() is _whole(residual_stack)), ""
+        )
+        if not (known == "streams" and self._final_norm_is_folded):
+            self._require_additive("logit_attrs", of_branches=known == "branches")
+        return super().logit_attrs(residual_stack, *args, **kwargs)
 
-    def _require_additive(self, what: str) -> None:
+    @property
+    def _final_norm_is_folded(self) -> bool:
+        weight = getattr(self.model.ln_final.original_component, "weight", None)  # type: ignore[attr-defined]
+        return weight is None or bool((weight == 1).all())
+
+    def _noted(self, found: Any, kind: str) -> Any:
+        """What was found, remembered for as long as it lives."""
+        stack: Tensor = found[0] if isinstance(found, tuple) else found
+        alive = [(ref, known) for ref, known in self._stacks if ref() is not None]
+        self._stacks = (*alive, (weakref.ref(_whole(stack)), kind))
+        return found
+
+    def _require_additive(self, what: str, *, of_branches: bool = False) -> None:
         reason = self.model.body.non_additive_because
+        blocks = self.model.firings.prototypes  # type: ignore[attr-defined]
+        if (
+            reason is None
+            and of_branches
+            and any(hasattr(b, n) for b in blocks for n in ("ln1_post", "ln2_post"))
+        ):
+            reason = "a norm follows each branch, and what a head or neuron adds to the stream is behind it"
         if reason is not None:
             raise_non_additive(what, reason)
 
@@ -219,3 +258,11 @@ for _name in (
     "stack_neuron_results",
 ):
     setattr(LoopCache, _name, _as_recorded(getattr(LoopCache, _name)))
+def _asked(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of transformer-lens' cache by name, however they were given."""
+    return inspect.signature(getattr(ActivationCache, name)).bind(None, *args, **kwargs).arguments
+
+
+def _whole(stack: Tensor) -> Tensor:
+    """What a tensor is a view of."""
+    return stack if stack._base is None else stack._base
