@@ -258,6 +258,8 @@ for _name in (
     "stack_neuron_results",
 ):
     setattr(LoopCache, _name, _as_recorded(getattr(LoopCache, _name)))
+
+
 def _asked(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of transformer-lens' cache by name, however they were given."""
     return inspect.signature(getattr(ActivationCache, name)).bind(None, *args, **kwargs).arguments

@@ -23,7 +23,7 @@ from loop_lens.unrolling.kv import CacheSlot
 from loop_lens.unrolling.runs import Order, Plan, Run
 from loop_lens.unrolling.schedule import Schedule
 from loop_lens.unrolling.sites import Firing
-from loop_lens.unrolling.slots import BlockSlot, Slot, TrunkSlot, own_class, put_slot, take_slot
+from loop_lens.unrolling.slots import BlockSlot, Slot, TrunkSlot, put_slot, take_slot
 
 Executor = Callable[[Run, Firing, Bare, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -133,8 +133,7 @@ class Unroller:
         self.executor: Executor | None = None
         self.observer: Observer | None = None
         self._thread = _Thread()
-        self._kinds = [own_class(block) for block in blocks]
-        self._extras: dict[type, int | None] = {}
+        self._extras: dict[int, int | None] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Unroller:
         new = memo[id(self)] = copy.copy(self)
@@ -284,28 +283,26 @@ class Unroller:
             args = tuple(self._slotted(value, firing, executed) for value in args)
             kwargs = {key: self._slotted(value, firing, executed) for key, value in kwargs.items()}
         if self.executor is None:
-            out = bare(*args, **kwargs)
-        else:
-            order = run.plan.order
-            named = firing if order is None else order.named[firing.index]
-            out = self.executor(run, named, bare, args, kwargs)
-        self._extras[self._kinds[firing.block]] = len(out) - 1 if isinstance(out, tuple) else None
-        return out
+            return self._note_form(firing, bare(*args, **kwargs))
+        order = run.plan.order
+        named = firing if order is None else order.named[firing.index]
+        return self._note_form(firing, self.executor(run, named, bare, args, kwargs))
 
     def _skipped(self, firing: Firing, bare: Bare, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The input of a firing that does not run, in the form in which blocks of its class return a stream.
-
-        Where no block of its class has run before, one runs to show that form.
-        """
-        kind = self._kinds[firing.block]
-        if kind not in self._extras:
-            bare_args = tuple(None if isinstance(value, Cache) else value for value in args)
-            bare_kwargs = {k: None if isinstance(value, Cache) else value for k, value in kwargs.items()}
+        """The input of a firing that does not run, in the form in which its block returns a stream."""
+        if firing.block not in self._extras:  # it never ran, so no key-value cache holds anything yet
+            free = tuple(None if isinstance(value, Cache) else value for value in args)
+            named = {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()}
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                out = bare(*bare_args, **bare_kwargs)
-            self._extras[kind] = len(out) - 1 if isinstance(out, tuple) else None
-        extras, stream = self._extras[kind], hidden_states(args, kwargs)
+                self._note_form(firing, bare(*free, **named))
+        extras, stream = self._extras[firing.block], hidden_states(args, kwargs)
         return stream if extras is None else (stream, *[None] * extras)
+
+    def _note_form(self, firing: Firing, out: Any) -> Any:
+        """Remember how much a block returns beside the stream, None for a bare tensor."""
+        if firing.block not in self._extras:
+            self._extras[firing.block] = len(out) - 1 if isinstance(out, tuple) else None
+        return out
 
     def wants(self, site: str) -> bool:
         """Whether the observer would see this site's value in the forward under way."""

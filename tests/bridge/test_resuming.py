@@ -25,3 +25,14 @@ def test_a_forward_resumes_at_every_firing(name: str) -> None:
         _, cache = model.run_with_cache(TOKENS, names_filter=streams[start])
         resumed = fresh(cache[streams[start]], start_at_layer=start)
         assert (resumed - whole).abs().max() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_bigcode", "mpt"])
+def test_a_forward_resumes_behind_a_prefix(name: str) -> None:
+    model: Any = loop_lens.loopify(decoder(name), layers=range(2, 5), times=2)
+    site = "loop.1.blocks.0.hook_resid_pre"
+    logits, whole = model.run_with_cache(TOKENS, names_filter=site)
+    _, past = model(TOKENS[:, :4], return_type="logits_and_cache", use_cache=True)
+    later = model(whole[site][:, 4:], start_at_layer=5, past_key_values=past)
+    assert (later - logits[:, 4:]).abs().max() < 1e-5
