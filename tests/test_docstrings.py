@@ -35,6 +35,7 @@ METHODS = (
     "run_with_cache",
     "run_with_hooks",
     "hooks",
+    "generate",
     "forward",
     "enable_compatibility_mode",
     "state_dict",

@@ -60,11 +60,22 @@ class OpenBlock:
         return any(self.ends)
 
 
+class GoneHookPoint(HookPoint):
+    """A hook point whose block was let go: a hook here would never run."""
+
+    def add_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse."""
+        raise RuntimeError(
+            f"the block of {self.name!r} was let go when the number of iterations went down: ask the model for the "
+            "hook point by its name again"
+        )
+
+
 class FiringBlocks(nn.ModuleList):
     """``model.blocks``: one bridge per firing.
 
     Bridges are kept by (iteration, layer), so they and their hooks stay where they are while the
-    number of iterations changes; those of iterations that no longer run wait for their return.
+    number of iterations changes; those of iterations that no longer run wait for their return if hooked.
 
     Args:
         body: What knows the firings.
@@ -93,6 +104,15 @@ class FiringBlocks(nn.ModuleList):
             self.name(firing, block.bridge)
             block.index = firing.index
         return block
+
+    def give_back(self) -> None:
+        """Let go of the bridges of iterations that no longer run, except hooked ones."""
+        for prefix, block in list(self.opened.items()):
+            if prefix not in self.schedule.by_prefix and not (block.hooked_inside or block.hooked_ends):
+                del self.opened[prefix]
+                for module in block.bridge.modules():
+                    if isinstance(module, HookPoint):
+                        module.__class__ = GoneHookPoint
 
     def __len__(self) -> int:
         return len(self.schedule)

@@ -158,7 +158,7 @@ class Firings:
         return map_output(block.bridge.hook_out, bare(*args, **kwargs))
 
     def _opened(self) -> list[nn.Module]:
-        return [block.bridge for block in self.blocks.opened.values()]
+        return [block.bridge for block in list(self.blocks.opened.values())]
 
     def _make(self, firing: Firing) -> nn.Module:
         prototype: Any = self.prototypes[firing.block]

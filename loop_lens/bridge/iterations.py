@@ -78,7 +78,8 @@ class LoopedBridge(ReadsInput):
         return self.schedule.loops[self.schedule.main_loop].times
 
     def set_recurrences(self, recurrences: int | None = None, **times: int) -> None:
-        """Change the number of iterations. Hooks stay with their iteration and layer.
+        """Change the number of iterations. Hooks stay with their iteration and layer; blocks without hooks are
+        let go when their iteration no longer runs.
 
         Args:
             recurrences: Iterations of the outermost loop.
@@ -93,6 +94,10 @@ class LoopedBridge(ReadsInput):
             (66, 66)
         """
         self.body.schedule = self._with_times(recurrences, times)
+        if (
+            self.schedule is self.body.base
+        ):  # not within a context, where other numbers will be in force again
+            self.firings.blocks.give_back()
 
     def _with_times(self, recurrences: int | None, times: dict[str, int]) -> Schedule:
         if self.body.order is not None:

@@ -204,6 +204,6 @@ class HookRegistry(MutableMapping[str, HookPoint]):
     def existing(self) -> Iterator[HookPoint]:
         """The hook points made so far: only these can have hooks."""
         points = [*self.fixed.values(), *self.sites.values()]
-        for block in self.blocks.opened.values():
+        for block in list(self.blocks.opened.values()):
             points += [m for m in block.bridge.modules() if isinstance(m, HookPoint)]
         return iter({id(point): point for point in points}.values())

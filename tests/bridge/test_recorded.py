@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -85,3 +87,25 @@ def test_a_hook_point_has_the_name_of_the_present_number() -> None:
         with model.at_recurrences(recurrences):
             assert model.hook_dict["coda.blocks.0.hook_resid_post"].name == seen[-1]
     assert seen == [f"blocks.{1 + 2 * r}.hook_out" for r in (3, 1, 5, 3)]
+
+
+def test_blocks_are_let_go_when_the_number_goes_down_except_hooked_ones() -> None:
+    torch.manual_seed(0)
+    model: HookedLoopedTransformer = loop_lens.wrap(small_looped(recurrences=20))
+    model.run_with_cache(TOKENS)
+    seen: list[Any] = []
+    model.add_hook("loop.7.blocks.1.hook_resid_post", lambda v, hook: seen.append(hook.iteration))
+    gone = [weakref.ref(model.blocks.opened[f"loop.{t}.blocks.0"].bridge) for t in range(3, 20)]
+    point = model.hook_dict["loop.9.blocks.0.hook_resid_post"]
+    with model.at_recurrences(2):
+        model(TOKENS)
+    assert all(block() is not None for block in gone)  # a context ends
+    model.set_recurrences(3)
+    gc.collect()
+    assert set(model.blocks.opened) == {firing.prefix for firing in model.schedule} | {"loop.7.blocks.1"}
+    assert sum(block() is not None for block in gone) <= 1  # the one whose point is held here
+    with pytest.raises(RuntimeError, match="by its name again"):
+        point.add_hook(print)
+    model.set_recurrences(20)
+    logits, cache = model.run_with_cache(TOKENS)
+    assert seen == [7] and torch.equal(logits, model(TOKENS)) and "loop.19.blocks.1.hook_resid_post" in cache
