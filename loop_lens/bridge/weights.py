@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from loop_lens.models.checkpoint import WeightsError
+from loop_lens.models.checkpoint import INDEX, WeightsError
+from loop_lens.models.files import replacing
 from loop_lens.unrolling.body import LoopBody
 
 
@@ -92,13 +93,12 @@ class Weights:
         return _IncompatibleKeys(missing, unexpected)
 
     def save(self, folder: Path, tokenizer: Any) -> None:
-        """Write a folder that ``loop_lens.boot`` opens again: config, safetensors, tokenizer.
+        """Write a folder that ``loop_lens.boot`` opens again: config, safetensors, tokenizer; all or nothing.
 
         Raises:
             WeightsError: If weight processing made weights that the checkpoint has no place for.
         """
         state = self.own()
-        folder.mkdir(parents=True, exist_ok=True)
         config: Any = copy.deepcopy(self.model.config)
         config.architectures = [type(self.model).__name__]
         config.update(self.body.config_fields)
@@ -107,14 +107,16 @@ class Weights:
             first.setdefault(tensor.data_ptr(), name)
         if self._ties_embeddings:
             state = {name: tensor for name, tensor in state.items() if first[tensor.data_ptr()] == name}
-        config.save_pretrained(folder)
-        save_file(
-            {name: tensor.detach().contiguous().clone() for name, tensor in state.items()},
-            folder / "model.safetensors",
-            metadata={"format": "pt"},
-        )
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        with replacing(folder, folder=True) as partial:
+            config.save_pretrained(partial)
+            save_file(
+                {name: tensor.detach().contiguous().clone() for name, tensor in state.items()},
+                partial / "model.safetensors",
+                metadata={"format": "pt"},
+            )
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+        (folder / INDEX).unlink(missing_ok=True)  # of other weights: it would be read in place of these
 
     @property
     def _ties_embeddings(self) -> bool:

@@ -95,6 +95,12 @@ class Checkpoint:
             UnreadableError: If a file is damaged.
         """
         layout = self.weights.layout
+        for key, value in self.config.items():
+            # A config lists what each layer is, whether or not there are weights: HRM-Text's of every cycle.
+            if "layer" in key and isinstance(value, int) and value > 1000 * len(layout):
+                raise WeightsError(
+                    f"{self.name}: {key} in its config.json is {value}, for {len(layout)} tensors"
+                )
         about = {"trust_remote_code": self.trusted, "local_files_only": True}
         with reading(self.config_path):
             config = AutoConfig.from_pretrained(self.folder, **about)

@@ -11,7 +11,8 @@ from torch import nn
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
 from loop_lens.bridge.model import HookedLoopedTransformer
-from loop_lens.models.kind import UnknownFamilyError, Unrolled
+from loop_lens.models.files import reading
+from loop_lens.models.kind import Kind, UnknownFamilyError, Unrolled
 from loop_lens.models.registry import kind_of_checkpoint, kind_of_model
 from loop_lens.models.window import WINDOW, unroll_window
 from loop_lens.opening.hub import find_checkpoint
@@ -65,13 +66,12 @@ def boot(
     checkpoint = find_checkpoint(model_name, revision, trusted=trust_remote_code)
     kind = kind_of_checkpoint(checkpoint)
     model = kind.load(checkpoint, dtype=_dtype(dtype), attn_implementation=attn_implementation)
-    return wrap(
-        model if device is None else model.to(device),
-        tokenizer=load_tokenizer(checkpoint) if tokenizer is None else tokenizer,
-        recurrences=recurrences,
-        initial_state=initial_state,
-        model_name=checkpoint.name,
-    )
+    model = model if device is None else model.to(device)
+    tokenizer = load_tokenizer(checkpoint) if tokenizer is None else tokenizer
+    kind = _kind(model)
+    with reading(checkpoint.config_path):
+        looped = _bridge(kind.unroll(model, name=checkpoint.name, tokenizer=tokenizer), tokenizer)
+    return _set(looped, recurrences, initial_state)
 
 
 def wrap(
@@ -111,21 +111,10 @@ def wrap(
     if (body is None) != (adapter is None):
         raise ValueError("body and adapter go together: one says what loops, the other what is in a block")
     if body is None or adapter is None:
-        kind = kind_of_model(model)
-        if kind is None:
-            raise UnknownFamilyError(
-                f"{type(model).__name__} is no looped model that loop_lens knows: give body= and adapter= to wrap "
-                "a model of your own, or use loopify() to loop layers of an ordinary decoder"
-            )
-        unrolled = kind.unroll(model, name=model_name, tokenizer=tokenizer)
+        unrolled = _kind(model).unroll(model, name=model_name, tokenizer=tokenizer)
     else:
         unrolled = Unrolled(model, body, adapter)
-    looped = _bridge(unrolled, tokenizer)
-    if recurrences is not None:
-        looped.set_recurrences(recurrences)
-    if initial_state is not None:
-        looped.initial_state = initial_state
-    return looped
+    return _set(_bridge(unrolled, tokenizer), recurrences, initial_state)
 
 
 def loopify(
@@ -166,6 +155,26 @@ def loopify(
         raise ValueError(f"{type(model).__name__} has no config: loopify takes a transformers causal LM")
     name = model_name or getattr(config, "_name_or_path", "") or "external"
     return _bridge(unroll_window(model, layers, times, rule=rule, alpha=alpha, name=name), tokenizer)
+
+
+def _kind(model: nn.Module) -> Kind:
+    kind = kind_of_model(model)
+    if kind is None:
+        raise UnknownFamilyError(
+            f"{type(model).__name__} is no looped model that loop_lens knows: give body= and adapter= to wrap "
+            "a model of your own, or use loopify() to loop layers of an ordinary decoder"
+        )
+    return kind
+
+
+def _set(
+    looped: HookedLoopedTransformer, recurrences: int | None, initial_state: Any
+) -> HookedLoopedTransformer:
+    if recurrences is not None:
+        looped.set_recurrences(recurrences)
+    if initial_state is not None:
+        looped.initial_state = initial_state
+    return looped
 
 
 def _bridge(unrolled: Unrolled, tokenizer: Any) -> HookedLoopedTransformer:

@@ -72,10 +72,8 @@ def build_native(
         UnreadableError: If no model can be made of the config.
     """
     require_blocks(source, config, weights)
-    with reading(f"{source}: its config.json"):
-        with torch.device("meta"):
-            model = LoopedTransformer(config)
-        rotary = LlamaRotaryEmbedding(config)  # pyright: ignore[reportArgumentType]
+    with reading(f"{source}: its config.json"), torch.device("meta"):
+        model = LoopedTransformer(config)
     native = model.state_dict()
     family = family_of(config)
     if family is not None and not set(weights) <= set(native):
@@ -90,7 +88,8 @@ def build_native(
     if dtype is not None:
         loaded = {name: t.to(dtype) if t.is_floating_point() else t for name, t in loaded.items()}
     model.load_state_dict(loaded, strict=False, assign=True)
-    model.model.rotary_emb = rotary
+    with reading(f"{source}: its config.json"):
+        model.model.rotary_emb = LlamaRotaryEmbedding(config)  # pyright: ignore[reportArgumentType]
     model.tie_weights()
     for name, parameter in model.named_parameters():
         if parameter.is_meta:

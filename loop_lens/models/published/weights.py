@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from loop_lens.models.checkpoint import require_fitting, require_shapes
+from loop_lens.models.files import reading
 
 Split = Callable[[Tensor], tuple[Tensor, ...]]
 Join = Callable[..., Tensor]
@@ -104,7 +105,8 @@ def to_native(
         unknown=set(published) - wanted - set(ignored),
     )
     layout = getattr(published, "layout", published)  # a checkpoint knows shapes before it reads tensors
-    wants = {entry.published: entry.join(*(native[n].to("meta") for n in entry.native)) for entry in entries}
+    with reading(f"{source}: its config.json"):
+        wants = {e.published: e.join(*(native[n].to("meta") for n in e.native)) for e in entries}
     require_shapes(source, layout, wants)
     loaded: dict[str, Tensor] = {}
     for entry in tqdm(entries, desc="loading weights", delay=2, leave=False):
