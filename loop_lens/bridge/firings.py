@@ -22,7 +22,7 @@ from loop_lens.bridge.registry import BlockNames, HookRegistry
 from loop_lens.models.native.attention import accept_either_cache_name
 from loop_lens.unrolling.additive import NoScale
 from loop_lens.unrolling.body import LoopBody
-from loop_lens.unrolling.calls import Bare, hidden_states, map_output, with_hidden_states
+from loop_lens.unrolling.calls import Bare, hidden_states, map_output, output_stream, with_hidden_states
 from loop_lens.unrolling.runs import Run
 from loop_lens.unrolling.sites import Firing
 from loop_lens.unrolling.slots import tied_clone
@@ -153,7 +153,12 @@ class Firings:
             stream = stream.clone()
         if inside:
             args, kwargs = with_hidden_states(stream, args, kwargs)
-            return block.bridge(*args, **kwargs)
+            out = block.bridge(*args, **kwargs)
+            if block.bridge._is_standalone_hidden_state_call(
+                args, kwargs
+            ):  # transformer-lens packs what comes of it
+                return self.body.in_form(output_stream(out), firing, bare, args, kwargs)
+            return out
         args, kwargs = with_hidden_states(block.bridge.hook_in(stream), args, kwargs)
         return map_output(block.bridge.hook_out, bare(*args, **kwargs))
 

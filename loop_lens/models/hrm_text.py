@@ -236,9 +236,11 @@ class HrmTrunkSlot(ConfigSlot, TrunkSlot):
         body = self._unroller
         assert isinstance(body, HrmBody)
         embedding: Tensor = body.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        with body.forward(past_length((), kwargs)):
+        with body.forward(past_length((), kwargs)) as run:
             body.begin(embedding)
-            return super(TrunkSlot, self).__call__(inputs_embeds=embedding, **kwargs)
+            out = super(TrunkSlot, self).__call__(inputs_embeds=embedding, **kwargs)
+            body.require_complete(run)
+            return out
 
 
 class HrmTextLoopedAdapter(ArchitectureAdapter):

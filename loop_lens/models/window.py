@@ -38,6 +38,7 @@ from loop_lens.unrolling.numbers import whole
 from loop_lens.unrolling.runs import Run
 from loop_lens.unrolling.schedule import Schedule
 from loop_lens.unrolling.tree import Blocks, Loop, Segments
+from loop_lens.unrolling.unroller import FiringCountError
 
 LOOP_RULES = ("naive", "residual_scaled", "euler", "ema", "input_anchor")
 """What an iteration makes of the state s, the window's output g(s) and the loop's input x0:
@@ -156,6 +157,12 @@ class WindowBody(LoopBody):
         run = self.run
         if run is None or not self.span.first <= slot <= self.span.last:
             return super().call(slot, bare, args, kwargs)
+        if run.calls[slot]:
+            raise FiringCountError(
+                f"the model calls layer {slot} more than once in a forward: it loops already, so open it with "
+                "loop_lens.wrap() and a body of its own"
+            )
+        run.calls[slot] += 1
         if slot == self.span.first:
             x = hidden_states(args, kwargs)
             x = self.site("hook_initial_state", self.site("hook_prelude_out", x))

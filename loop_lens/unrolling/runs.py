@@ -23,6 +23,8 @@ class Run:
         residual: What enters the firing ``start`` instead of its input, if anything.
         rows: Which prompt each row of the batch belongs to [batch], None where row i is prompt i.
         offset: Positions before this forward's first, in its key-value cache.
+        fired: Firings so far.
+        seen: Names of the sites between blocks passed so far, as they run.
         notes: Whatever an unroller's subclass keeps during one forward.
 
     Example:
@@ -38,6 +40,8 @@ class Run:
     residual: Tensor | None = None
     rows: Tensor | None = None
     offset: int = 0
+    fired: int = 0
+    seen: set[str] = field(default_factory=set[str])
     notes: dict[str, Any] = field(default_factory=dict[str, Any])
 
 

@@ -62,6 +62,10 @@ class Caller(Protocol):
         """Count the calls in this context as one forward."""
         ...
 
+    def require_complete(self, run: Any) -> None:
+        """Raise unless a forward that ended by itself ran all of its schedule."""
+        ...
+
 
 class Slot(nn.Module):
     """Base of the classes that are put over a module's own class."""
@@ -81,8 +85,10 @@ class TrunkSlot(Slot):
     """The module whose forward calls the blocks."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._unroller.forward(past_length(args, kwargs)):
-            return super().__call__(*args, **kwargs)
+        with self._unroller.forward(past_length(args, kwargs)) as run:
+            out = super().__call__(*args, **kwargs)
+            self._unroller.require_complete(run)
+            return out
 
 
 def put_slot(module: nn.Module, slot: type[Slot], unroller: Caller, index: int) -> None:

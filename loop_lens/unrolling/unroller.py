@@ -41,7 +41,7 @@ class Observer(Protocol):
 
 
 class FiringCountError(RuntimeError):
-    """A block was called more often in one forward than the schedule says.
+    """A forward that is not what the schedule says: more or fewer firings, another order, a site left out.
 
     Example:
         >>> from loop_lens.unrolling import Blocks, FiringCountError, Schedule, Segments, Unroller
@@ -95,6 +95,9 @@ class Unroller:
         cache_slots: Give each firing a slot of its own in the key-value cache. Off for models
             that number the slots themselves.
 
+    Attributes:
+        may_end_early: Whether a forward may run fewer firings than the schedule has (adaptive halting).
+
     Example:
         >>> from loop_lens.unrolling import Blocks, Loop, Schedule, Segments, Unroller
         >>> class Twice(torch.nn.Module):
@@ -115,6 +118,8 @@ class Unroller:
         ['loop.0.blocks.0', 'loop.1.blocks.0']
     """
 
+    may_end_early: bool = False
+
     def __init__(
         self,
         trunk: nn.Module,
@@ -126,6 +131,11 @@ class Unroller:
         if len(blocks) != schedule.n_blocks:
             raise ValueError(
                 f"the schedule names {schedule.n_blocks} physical blocks, the model has {len(blocks)}"
+            )
+        if len({id(block) for block in blocks}) < len(blocks):
+            raise ValueError(
+                "one module stands twice in the list of blocks: list it once, and let a Loop of the schedule say how "
+                "often it runs"
             )
         self.trunk, self.blocks = trunk, list(blocks)
         self._base = schedule
@@ -273,8 +283,14 @@ class Unroller:
         self, run: Run, firing: Firing, bare: Bare, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run one firing: skipped, bare, or by whoever runs firings differently."""
+        if firing.index != run.fired:
+            raise FiringCountError(
+                f"{firing.prefix} ran as number {run.fired} of this forward, and the schedule has it as number "
+                f"{firing.index}: give the blocks and the schedule in the order in which the model runs them"
+            )
+        run.fired += 1
         if firing.index < run.start:
-            return self._skipped(firing, bare, args, kwargs)
+            return self.in_form(hidden_states(args, kwargs), firing, bare, args, kwargs)
         if firing.index == run.start and run.residual is not None:
             args, kwargs = with_hidden_states(run.residual, args, kwargs)
         if self.cache_slots:
@@ -288,14 +304,16 @@ class Unroller:
         named = firing if order is None else order.named[firing.index]
         return self._note_form(firing, self.executor(run, named, bare, args, kwargs))
 
-    def _skipped(self, firing: Firing, bare: Bare, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The input of a firing that does not run, in the form in which its block returns a stream."""
+    def in_form(
+        self, stream: Tensor, firing: Firing, bare: Bare, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A stream in the form in which a firing's block returns it."""
         if firing.block not in self._extras:  # it never ran, so no key-value cache holds anything yet
             free = tuple(None if isinstance(value, Cache) else value for value in args)
             named = {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()}
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 self._note_form(firing, bare(*free, **named))
-        extras, stream = self._extras[firing.block], hidden_states(args, kwargs)
+        extras = self._extras[firing.block]
         return stream if extras is None else (stream, *[None] * extras)
 
     def _note_form(self, firing: Firing, out: Any) -> Any:
@@ -303,6 +321,27 @@ class Unroller:
         if firing.block not in self._extras:
             self._extras[firing.block] = len(out) - 1 if isinstance(out, tuple) else None
         return out
+
+    def require_complete(self, run: Run) -> None:
+        """Raise unless a forward that ended by itself ran its schedule and passed every site that has hooks.
+
+        Raises:
+            FiringCountError: If a firing or a site that has a name never came, so that hooks there did nothing.
+        """
+        plan = run.plan
+        if self.may_end_early:
+            return
+        if run.fired < len(plan.executed):
+            raise FiringCountError(
+                f"the forward ended after {run.fired} firings, and {plan.executed[run.fired].prefix} never ran: give "
+                "the schedule that the model runs, in a body that tells the model its numbers of iterations"
+            )
+        for name in plan.schedule.sites if plan.order is None else ():
+            if name not in run.seen and self.wants(name):
+                raise FiringCountError(
+                    f"{name} has hooks, and the forward never passed it: a body calls site() for every site that its "
+                    "schedule names"
+                )
 
     def wants(self, site: str) -> bool:
         """Whether the observer would see this site's value in the forward under way."""
@@ -319,6 +358,8 @@ class Unroller:
     def site(self, name: str, value: Tensor) -> Tensor:
         """Pass a value between blocks to the observer, who may replace it."""
         run = self.run
+        if run is not None:
+            run.seen.add(name)
         if self.observer is None or run is None or not self.wants(name):
             return value
         order = run.plan.order
