@@ -150,3 +150,12 @@ def test_five_hundred_firings_are_listed_at_once() -> None:
     many = Schedule(Segments(Blocks("prelude", 2), Loop("loop", 127, Blocks("core", 4)), Blocks("coda", 2)))
     assert len(many) == 512 and isinstance(many[300], Firing)
     assert many.site("loop.126.blocks.3.hook_in").place == many[509]
+
+
+def test_the_innermost_loop_is_the_deepest_or_is_asked_for() -> None:
+    inner = Loop("a", 2, Blocks("a", 1))
+    schedule = Schedule(Segments(Loop("A", 2, inner, Blocks("A", 1)), Loop("B", 3, Blocks("B", 1))))
+    assert schedule.innermost_loop == "a" and schedule.main_loop == "A"
+    beside = Schedule(Segments(Loop("A", 2, Blocks("A", 1)), Loop("B", 3, Blocks("B", 1))))
+    with pytest.raises(ValueError, match="several innermost loops, A, B"):
+        _ = beside.innermost_loop

@@ -57,7 +57,7 @@ def abilities_of(model: HookedLoopedTransformer, tokens: Tensor) -> Abilities:
 def _held(model: HookedLoopedTransformer, tokens: Tensor, claimed: Abilities) -> Abilities:
     """The most of what is claimed that two cells bear out: one within the loop, one at the last firing."""
     schedule, at = model.schedule, tokens.shape[1] // 2
-    inside = [firing for firing in schedule if firing.segment == schedule.innermost_loop]
+    inside = [firing for firing in schedule if firing.iteration is not None]
     names = [f"blocks.{f.index}.hook_resid_pre" for f in (inside[len(inside) // 2], schedule[-1])]
     rows = [slice(k * len(tokens), (k + 1) * len(tokens)) for k in range(len(names))]
     whole = torch.cat(

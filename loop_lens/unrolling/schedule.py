@@ -138,10 +138,20 @@ class Schedule:
 
     @cached_property
     def innermost_loop(self) -> str:
-        """Name of the innermost loop."""
+        """Name of the innermost loop.
+
+        Raises:
+            ValueError: If there is none, or if several lie equally deep.
+        """
         if not self.loops:
             raise ValueError("this schedule has no loop")
-        return list(self.loops)[-1]
+        depths = {name: sum(self._encloses(outer, name) for outer in self.loops) for name in self.loops}
+        deepest = [name for name, depth in depths.items() if depth == max(depths.values())]
+        if len(deepest) > 1:
+            raise ValueError(
+                f"this schedule has several innermost loops, {', '.join(deepest)}: say which by segment="
+            )
+        return deepest[0]
 
     def iterations(self, segment: str) -> list[Iteration]:
         """All iterations of a segment in firing order; ``[None]`` outside loops."""
