@@ -16,6 +16,7 @@ from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.interventions.changes import Change, cached, edits_at, given_value
 from loop_lens.interventions.edits import Surgery, View
 from loop_lens.interventions.where import Iterations, Layers, Where
+from loop_lens.unrolling.numbers import whole
 from loop_lens.unrolling.sites import Site
 
 
@@ -114,7 +115,7 @@ def ablate(
             return _mean(cached(reference, at), mask, at.layout == "pattern")
         return _resample(cached(reference, at), seed)
 
-    where = Where(iterations, layers, positions, heads, segment)
+    where, seed = Where(iterations, layers, positions, heads, segment), whole(seed, "seed")
     return Surgery(model, edits_at(model, site, where, change))
 
 
@@ -224,7 +225,7 @@ def add_noise(
         >>> torch.equal(once, again), torch.equal(once, model(prompt))
         (True, False)
     """
-    where = Where(iterations, positions=positions, segment=segment)
+    where, seed = Where(iterations, positions=positions, segment=segment), whole(seed, "seed")
     sites = where.sites(model, site)
     if sites[0].layout != "stream":
         raise ValueError(f"noise goes to sites of the stream, not to {site!r}")

@@ -19,6 +19,7 @@ from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.interventions.changes import cached, edit_at, given_value, live_value
 from loop_lens.interventions.edits import Edit, Surgery, View
 from loop_lens.interventions.where import Iterations, Layers, Where
+from loop_lens.unrolling.numbers import whole
 from loop_lens.unrolling.sites import Boundary, Site
 from loop_lens.unrolling.tree import Iteration, UnknownNameError
 
@@ -191,7 +192,7 @@ def reorder(
         >>> torch.equal(shuffled, model(prompt, recurrences=5))  # weights are the same in all iterations
         True
     """
-    n = model.recurrences
+    n, order = model.recurrences, [whole(t, "an iteration") for t in order]
     missing = [t for t in order if not 0 <= t < n]
     if missing:
         raise UnknownNameError(f"iteration {missing[0]} does not exist: there are 0 to {n - 1}")

@@ -25,6 +25,7 @@ from loop_lens.interventions.grid import Direction, Pair
 from loop_lens.interventions.metrics import MetricLike, bind, per_prompt
 from loop_lens.interventions.where import require_head
 from loop_lens.measuring.results import Result, require_alike
+from loop_lens.unrolling.numbers import plain
 from loop_lens.unrolling.sites import Firing, Site
 from loop_lens.unrolling.tree import Iteration
 
@@ -53,6 +54,10 @@ class PathNode:
     layer: int = 0
     head: int | None = None
     segment: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("iteration", "layer", "head"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
 
     def __str__(self) -> str:
         where = [] if self.segment is None else [self.segment]

@@ -8,7 +8,7 @@ from typing import Any
 
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.bridge.names import find_sites, n_heads
-from loop_lens.unrolling.numbers import plain
+from loop_lens.unrolling.numbers import plain, whole
 from loop_lens.unrolling.sites import Site
 
 Iterations = int | tuple[int, ...] | slice | Iterable[Any] | None
@@ -16,7 +16,7 @@ Iterations = int | tuple[int, ...] | slice | Iterable[Any] | None
 Layers = int | slice | Iterable[int] | None
 """One layer, several, a slice of them, or None for all."""
 Places = Iterable[int] | None
-"""Several positions or heads, or None for all."""
+"""Several positions or heads (or one), or None for all."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,13 @@ class Where:
 
     def __post_init__(self) -> None:
         for each in fields(self)[:-1]:
-            object.__setattr__(self, each.name, plain(getattr(self, each.name)))
+            chosen = plain(getattr(self, each.name))
+            if each.name in ("positions", "heads") and chosen is not None:
+                several = [chosen] if not hasattr(chosen, "__iter__") else chosen
+                chosen = [whole(one, f"one of {each.name}") for one in several]
+                if not chosen:
+                    raise ValueError(f"{each.name} is empty: give at least one, or None for all")
+            object.__setattr__(self, each.name, chosen)
 
     def sites(self, model: HookedLoopedTransformer, kind: str) -> list[Site]:
         """The sites of a kind that are meant.

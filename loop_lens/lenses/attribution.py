@@ -263,7 +263,7 @@ class _Readout:
             return cls(model, _stream(model, site), direction, torch.zeros(1), torch.ones(1), None)
         pair = target if isinstance(target, tuple) else (target,)
         tokens = token_ids(model, list(pair))  # type: ignore[arg-type]
-        if len(tokens) > 2:
+        if len(tokens) not in (1, 2):
             raise ValueError("target must be one token or a pair of tokens")
         name = model.registry.canonical("unembed.hook_in") if site is None else _stream(model, site)
         norm = site is not None and not is_normed(model, model.locate(name))

@@ -171,7 +171,7 @@ def find_exits(
     """
     batch = read_batch(model, prompts)
     run = _Watched.of(model, batch, rule)
-    threshold = EXIT_RULES[rule] if threshold is None else threshold
+    threshold = EXIT_RULES[rule] if threshold is None else float(threshold)
     iterations, exited, tokens = run.leave(threshold)
     spread = Positions.of(batch.lengths, None).spread
     return ExitResult(
@@ -219,6 +219,9 @@ def exit_curve(
     right = batch.tokens.new_full(batch.tokens.shape, -1)
     right[:, : given.shape[1]] = given.to(right.device)
     wanted = right[batch.mask].cpu()
+    thresholds = [float(threshold) for threshold in thresholds]
+    if not thresholds:
+        raise ValueError("thresholds is empty: give at least one")
     left = [run.leave(threshold) for threshold in thresholds]
     return ExitCurve(
         rule=rule,

@@ -16,6 +16,7 @@ from loop_lens.lenses.jacobian import LoopJacobianLens
 from loop_lens.lenses.tuned import fingerprint
 from loop_lens.measuring.gradients import differentiates
 from loop_lens.prompts.reader import device_of, read_prompts
+from loop_lens.unrolling.numbers import whole
 
 
 @differentiates
@@ -57,6 +58,7 @@ def fit_jacobian_lens(
         ...     loop_lens.lens(model, prompt, kind=lens, positions=[-1]).kl.shape
         torch.Size([26, 1, 1])
     """
+    skip_first, dim_batch = whole(skip_first, "skip_first", 0), whole(dim_batch, "dim_batch", 1)
     wanted = _factors(model) if factorised else _whole(model)
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from loop_lens.unrolling.numbers import whole
+
 
 @dataclass(frozen=True)
 class Positions:
@@ -30,7 +32,8 @@ class Positions:
         """
         lengths = lengths.cpu()[:, None]
         longest = int(lengths.max())
-        numbers = torch.tensor(list(range(longest) if asked is None else asked), dtype=torch.long)[None]
+        every = range(longest) if asked is None else [whole(position, "a position") for position in asked]
+        numbers = torch.tensor(list(every), dtype=torch.long)[None]
         counted = torch.where(numbers < 0, lengths + numbers, numbers)
         there = (counted >= 0) & (counted < lengths)
         lacking = (~there.any(0)).nonzero().flatten().tolist()

@@ -19,6 +19,7 @@ from loop_lens.lenses.positions import Positions
 from loop_lens.lenses.result import NAN, LensResult
 from loop_lens.prompts.reader import read_batch
 from loop_lens.prompts.tokens import Tokens, token_ids, words_of
+from loop_lens.unrolling.numbers import whole
 from loop_lens.unrolling.sites import Site
 
 CHUNK = 1 << 26
@@ -97,6 +98,7 @@ def lens(
     batch = read_batch(model, prompts)
     chosen = Positions.of(batch.lengths, positions)
     wanted = torch.tensor([], dtype=torch.long) if targets is None else token_ids(model, targets)
+    top_k = whole(top_k, "top_k")
     if not 1 <= top_k <= model.cfg.d_vocab:
         raise ValueError(f"top_k must be 1 to {model.cfg.d_vocab}, got {top_k}")
     where = chosen.where(batch.tokens.device)

@@ -18,6 +18,7 @@ from loop_lens.lenses.logit import LogitLens, is_normed
 from loop_lens.lenses.tuned import TunedLens, fingerprint, translator_key
 from loop_lens.measuring.gradients import differentiates
 from loop_lens.prompts.reader import device_of, read_batch, read_prompts
+from loop_lens.unrolling.numbers import whole
 from loop_lens.unrolling.sites import Site
 
 
@@ -60,7 +61,7 @@ def fit_tuned_lens(
         The lens; ``report`` has each site's held-out KL with the logit lens and with this one.
 
     Raises:
-        ValueError: If there are too few data.
+        ValueError: If there are too few data, or a number of something is none.
 
     Source:
         Belrose et al., arXiv 2303.08112; here per iteration, with rows where theirs are documents.
@@ -74,6 +75,11 @@ def fit_tuned_lens(
         >>> loop_lens.lens(model, prompts, kind=lens, sites=sites).kl.shape
         torch.Size([1, 2, 11])
     """
+    steps, batch_size, seq_len = (
+        whole(value, name, 1)
+        for name, value in (("steps", steps), ("batch_size", batch_size), ("seq_len", seq_len))
+    )
+    seed, rank = whole(seed, "seed"), None if rank is None else whole(rank, "rank", 0)
     found = sites_of(model, LogitLens(), sites)
     rows = [row for tokens in read_prompts(model, prompts) for row in tokens.split(seq_len)]
     if len(rows) < 2:

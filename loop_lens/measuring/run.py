@@ -17,6 +17,7 @@ from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.measuring.probe import Probe
 from loop_lens.prompts.forms import count_prompts
 from loop_lens.prompts.reader import Batch, batches_of
+from loop_lens.unrolling.numbers import plain
 from loop_lens.unrolling.schedule import Schedule
 from loop_lens.unrolling.sites import Site, act_name
 from loop_lens.unrolling.tree import Blocks, Segments
@@ -73,6 +74,7 @@ def measure(
         >>> convergence.mean("distance").shape  # iteration layer
         torch.Size([8, 2])
     """
+    reference, batch_size = plain(reference), plain(batch_size)
     looped = model if isinstance(model, HookedLoopedTransformer) else None
     if reference is not None:
         if looped is None:

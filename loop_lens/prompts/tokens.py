@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -54,7 +54,7 @@ def token_ids(model: TransformerBridge, tokens: Tokens) -> Int[Tensor, " token"]
             )
         ids = [_token_id(model, token) for token in tokens.reshape(-1).tolist()]
         return torch.tensor(ids, dtype=torch.long, device=getattr(tokens, "device", None))
-    several = [tokens] if isinstance(tokens, str) or not isinstance(tokens, Sequence) else tokens
+    several = [tokens] if isinstance(tokens, str) or not isinstance(tokens, Iterable) else tokens
     return torch.tensor([_token_id(model, token) for token in several], dtype=torch.long)
 
 
