@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -66,6 +67,10 @@ class Lens(ABC):
             return self.read(stream, site, model)[where]
         return self.read(stream[where], site, model)
 
+    def says_output(self, site: Site, model: HookedLoopedTransformer) -> bool:
+        """Whether what it reads at a site must be the model's own output, which `loop_lens.lens` then checks."""
+        return False
+
     def segment(self, model: HookedLoopedTransformer) -> str | None:
         """The segment whose sites it reads, None for those of all."""
         return None
@@ -75,6 +80,18 @@ class Lens(ABC):
         for site in sites:
             if site.layout != "stream":
                 raise ValueError(f"{site.flat} is not a stream [prompt pos d_model]: a lens cannot read it")
+
+
+def require_output(
+    read: Float[Tensor, "token vocab"], own: Float[Tensor, "token vocab"], site: Site, kind: str
+) -> None:
+    """Raise ValueError unless logits that a lens read at a site are the model's own, up to 32 roundings."""
+    off = float((read - own).abs().max() / own.abs().max().clamp_min(1e-30))
+    if off > max(1e-3, 32 * torch.finfo(own.dtype).eps, 32 * torch.finfo(read.dtype).eps):
+        raise ValueError(
+            f"the {kind} lens does not say at {site.name} what the model says after it (off by {off:.2g} of the "
+            "largest logit): more than this state enters what follows the loop, so this lens has no meaning for the model"
+        )
 
 
 def sites_of(model: HookedLoopedTransformer, lens: Lens, asked: str | Sequence[str] | None) -> list[Site]:

@@ -47,6 +47,11 @@ class CodaLens(Lens):
         """Where there is a coda, by its attention."""
         return coda_start(model) is not None
 
+    def says_output(self, site: Site, model: HookedLoopedTransformer) -> bool:
+        """After the last iteration, unless iterations run in another order."""
+        last = model.schedule.iterations(model.schedule.main_loop)[-1]
+        return site.iteration == last and model.body.order is None
+
     def segment(self, model: HookedLoopedTransformer) -> str:
         """The outermost loop."""
         return model.schedule.main_loop

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loop_lens.bridge.model import HookedLoopedTransformer
 from loop_lens.figures.lines import line_figure
-from loop_lens.lenses.base import sites_of
+from loop_lens.lenses.base import require_output, sites_of
 from loop_lens.lenses.coda import CodaLens
 from loop_lens.lenses.exit_rules import EXIT_RULES, READS_LOGITS, exit_scores, require_rule, stops
 from loop_lens.lenses.positions import Positions
@@ -263,6 +263,7 @@ class _Watched:
         tokens: list[Tensor] = []
         scores: list[Tensor] = []
         gate_logits: list[Tensor] = []
+        ends: list[tuple[Site, Tensor]] = []
 
         def score() -> Tensor:
             now = tokens[-1]
@@ -277,6 +278,8 @@ class _Watched:
             def hook(state: Tensor, hook: Any) -> None:
                 logits = coda.read_at(state, batch.mask, site, model)
                 tokens.append(logits.argmax(-1).cpu())
+                if coda.says_output(site, model):
+                    ends.append((site, logits))
                 if rule == "gate":
                     return
                 recent.append((logits if looks_at == "logits" else state[batch.mask]).float().clone())
@@ -290,7 +293,9 @@ class _Watched:
             hooks += [
                 (site.flat, lambda value, hook: gate_logits.append(value[batch.mask])) for site in gates
             ]
-        model.run_with_hooks(batch.tokens, fwd_hooks=hooks, return_type=None)
+        output = model.run_with_hooks(batch.tokens, fwd_hooks=hooks)
+        for site, logits in ends:
+            require_output(logits, output[batch.mask], site, coda.kind)
         if rule == "gate":
             return cls(
                 rule, torch.stack(tokens), exit_scores(rule, gate_logits=torch.stack(gate_logits)).cpu()

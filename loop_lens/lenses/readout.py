@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loop_lens.bridge.model import HookedLoopedTransformer
-from loop_lens.lenses.base import Lens, sites_of
+from loop_lens.lenses.base import Lens, require_output, sites_of
 from loop_lens.lenses.coda import CodaLens
 from loop_lens.lenses.logit import LogitLens
 from loop_lens.lenses.native import NativeLens
@@ -110,7 +110,10 @@ def lens(
 
         def look(i: int, site: Site) -> Callable[[Tensor, Any], None]:
             def hook(value: Tensor, hook: Any) -> None:
-                _summarise(table, i, reads.read_at(value, where, site, model), output, wanted)
+                logits = reads.read_at(value, where, site, model)
+                if reads.says_output(site, model):
+                    require_output(logits, final, site, reads.kind)
+                _summarise(table, i, logits, output, wanted)
                 bar.update()
 
             return hook

@@ -10,7 +10,7 @@ import torch
 import loop_lens
 from loop_lens import attribute, patch_sweep
 from loop_lens.interventions import ablate, steer
-from loop_lens.lenses import fit_jacobian_lens, fit_tuned_lens
+from loop_lens.lenses import find_exits, fit_jacobian_lens, fit_tuned_lens
 from tests.interventions.models import difference, opened, prompts, wrapped
 from tests.oracles.twin import small_looped
 
@@ -96,3 +96,21 @@ def test_weights_made_under_inference_mode_are_told() -> None:
         model = wrapped()
     with pytest.raises(ValueError, match=r"was made under torch\.inference_mode"):
         differentiated(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["huginn", "ouro", "looped_llama", "hrm_text"])
+def test_a_coda_that_takes_more_than_the_state_is_told(name: str) -> None:
+    model = opened(name)
+    tokens, _ = prompts(model)
+    body: Any = model.body
+    loop_lens.lens(model, tokens, kind="coda")
+    body.enter_coda = lambda state: 2 * state + 1
+    last = model.schedule.iterations(model.schedule.main_loop)[-1]
+    for ask in (
+        lambda: loop_lens.lens(model, tokens, kind="coda", positions=[-1]),
+        lambda: find_exits(model, tokens, rule="kl"),
+    ):
+        with pytest.raises(ValueError, match=rf"at \w+\.{last}\.hook_state_out what the model says after it"):
+            ask()
+    loop_lens.lens(model, tokens, kind="logit")
