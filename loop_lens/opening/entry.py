@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
 from loop_lens.bridge.model import HookedLoopedTransformer
@@ -18,6 +19,7 @@ from loop_lens.models.window import WINDOW, unroll_window
 from loop_lens.opening.hub import find_checkpoint
 from loop_lens.opening.tokenizers import load_tokenizer, prepare_tokenizer
 from loop_lens.unrolling.body import LoopBody
+from loop_lens.unrolling.slots import Slot
 
 
 def boot(
@@ -106,8 +108,7 @@ def wrap(
     Raises:
         ValueError: If the model is no looped model that loop_lens knows.
     """
-    if isinstance(model, HookedLoopedTransformer):
-        raise ValueError("this is a HookedLoopedTransformer already: use set_recurrences() to change it")
+    _require_bare(model)
     if (body is None) != (adapter is None):
         raise ValueError("body and adapter go together: one says what loops, the other what is in a block")
     if body is None or adapter is None:
@@ -148,13 +149,39 @@ def loopify(
     Raises:
         ValueError: If the model has no uniform list of blocks, or the layers are not in it.
     """
-    if isinstance(model, HookedLoopedTransformer) or kind_of_model(model) not in (None, WINDOW):
+    _require_bare(model)
+    if kind_of_model(model) not in (None, WINDOW):
         raise ValueError(f"{type(model).__name__} is a looped model already: open it with loop_lens.wrap()")
     config: Any = getattr(model, "config", None)
     if config is None:
         raise ValueError(f"{type(model).__name__} has no config: loopify takes a transformers causal LM")
     name = model_name or getattr(config, "_name_or_path", "") or "external"
     return _bridge(unroll_window(model, layers, times, rule=rule, alpha=alpha, name=name), tokenizer)
+
+
+def _require_bare(model: Any) -> None:
+    """Raise unless a model is a plain torch module that nobody has wrapped or opened yet."""
+    if isinstance(model, HookedLoopedTransformer):
+        raise ValueError(
+            "this is a HookedLoopedTransformer already: use set_recurrences() to change it, or give wrap() or "
+            "loopify() the torch model itself, loaded anew"
+        )
+    name = type(model).__name__
+    if isinstance(model, TransformerBridge):
+        cure = "give the torch model itself, loaded anew: transformer-lens has replaced modules of this one"
+    elif hasattr(model, "_orig_mod"):
+        name, cure = "a compiled model", "give the model as it was before torch.compile, model._orig_mod"
+    elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        cure = "give model.merge_and_unload(), whose weights hold the adapters"
+    elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        cure = "give the model in it, model.module"
+    elif isinstance(model, nn.Module):
+        if not any(isinstance(module, Slot) for module in model.modules()):
+            return
+        cure = "it is unrolled already: use the HookedLoopedTransformer made from it, or load it anew"
+    else:
+        raise TypeError(f"a model is a torch module, got a {name}: boot() opens a folder or a name")
+    raise ValueError(f"{name} cannot be opened as it is: {cure}")
 
 
 def _kind(model: nn.Module) -> Kind:

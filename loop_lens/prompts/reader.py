@@ -14,6 +14,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from loop_lens.prompts.forms import Form, forms_of
+from loop_lens.unrolling.numbers import whole
 
 _BUCKET = 32  # batches whose prompts are sorted by length together, so that little is padded
 _CONTEXT = ("n_positions", "max_position_embeddings", "max_context_length", "seq_length", "max_seq_len")
@@ -118,8 +119,7 @@ def batches_of(model: TransformerBridge, prompts: Any, batch_size: int) -> Itera
         >>> [batch.tokens.shape[1] for batch in batches_of(model, prompts, 1)]
         [9, 11]
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    batch_size = whole(batch_size, "batch_size", 1)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     numbered = enumerate(read_prompts(model, prompts))
     device = device_of(model)

@@ -46,6 +46,8 @@ def token_ids(model: TransformerBridge, tokens: Tokens) -> Int[Tensor, " token"]
         >>> token_ids(model, ["a", "c"]), token_ids(model, 9)
         (tensor([0, 2]), tensor([9]))
     """
+    if hasattr(tokens, "to_numpy"):  # a column or an index of pandas
+        tokens = np.asarray(tokens)  # type: ignore[assignment]
     if isinstance(tokens, Tensor | np.ndarray):
         if tokens.ndim > 1 and len(tokens) > 1:
             raise ValueError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from loop_lens.models.native.config import LoopedConfig
 from loop_lens.training.curriculum import Curriculum
 from loop_lens.training.losses import LastIteration, Loss
 from loop_lens.training.recurrences import Fixed, Ramp, Recurrences
+from loop_lens.unrolling.numbers import whole
 
 SCHEDULES = ("constant", "cosine", "1-sqrt")
 
@@ -77,17 +78,15 @@ class TrainingConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "level", "log_every"):
-            _require_at_least_one(name, getattr(self, name))
-        for name in ("backprop_iterations", "checkpoint_every"):
-            if getattr(self, name) is not None:
-                _require_at_least_one(name, getattr(self, name))
+        least = {"warmup": 0, "cooldown": 0, "seed": 0}
+        for each in fields(self):
+            value, kind = getattr(self, each.name), str(each.type)
+            if kind.startswith("int") and not (value is None and kind.endswith("None")):
+                object.__setattr__(self, each.name, whole(value, each.name, least.get(each.name, 1)))
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"lr must be a number above 0, got {self.lr}")
-        if self.warmup < 0 or self.weight_decay < 0:
-            raise ValueError(
-                f"warmup ({self.warmup}) and weight_decay ({self.weight_decay}) must not be negative"
-            )
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay ({self.weight_decay}) must not be negative")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule {self.schedule!r} is unknown: choose one of {SCHEDULES}")
         if (self.schedule == "1-sqrt") != (self.cooldown > 0):
@@ -101,7 +100,7 @@ class TrainingConfig:
             raise ValueError(f"betas {self.betas} must be in [0, 1) and eps ({self.eps}) above 0")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip must be above 0, or None for no limit, got {self.clip}")
-        if not 0 <= self.seed < 2**63:
+        if self.seed >= 2**63:
             raise ValueError(f"seed must be 0 to 2**63 - 1, got {self.seed}")
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(f"mixed_precision {self.mixed_precision!r} is unknown: choose 'no' or 'bf16'")
@@ -142,8 +141,3 @@ class TrainingConfig:
         plain["loss"] = {"kind": type(self.loss).__name__, **plain["loss"]}
         plain["recurrences"] = {"kind": type(self.recurrences).__name__, **plain["recurrences"]}
         return plain
-
-
-def _require_at_least_one(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from loop_lens.unrolling.numbers import whole
+
 
 @dataclass(frozen=True)
 class Curriculum:
@@ -30,14 +32,14 @@ class Curriculum:
     settle: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(whole(level, "a level") for level in self.levels))
+        object.__setattr__(self, "window", whole(self.window, "window", 1))
+        if self.settle is not None:
+            object.__setattr__(self, "settle", whole(self.settle, "settle", 0))
         if not self.levels or min(self.levels) < 1:
             raise ValueError(f"a curriculum needs levels of at least 1, got {self.levels}")
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must be above 0 and at most 1, got {self.threshold}")
-        if self.window < 1:
-            raise ValueError(f"window must be at least one step, got {self.window}")
-        if self.settle is not None and self.settle < 0:
-            raise ValueError(f"settle must not be negative, got {self.settle}")
 
 
 @dataclass

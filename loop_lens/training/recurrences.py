@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from loop_lens.unrolling.numbers import whole
+
 
 class Recurrences(ABC):
     """A rule for the number of iterations of one step.
@@ -50,8 +52,7 @@ class Fixed(Recurrences):
     n: int
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ValueError(f"Fixed({self.n}) is no number of iterations: give at least 1")
+        object.__setattr__(self, "n", whole(self.n, "the number of iterations of Fixed", 1))
 
     def draw(self, generator: torch.Generator, *, level: int, fraction: float = 1.0) -> int:
         """The number, or a fraction of it, rounded up."""
@@ -85,6 +86,8 @@ class Uniform(Recurrences):
     per_level: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("low", "high", "per_level"):
+            object.__setattr__(self, name, whole(getattr(self, name), name))
         if self.low > self.high:
             raise ValueError(f"Uniform({self.low}, {self.high}) is empty: low must not be above high")
         if self.low + self.per_level < 1 or self.per_level < 0:
@@ -135,8 +138,8 @@ class LogNormalPoisson(Recurrences):
             raise ValueError(f"the mean number of iterations must be above 0, got {self.mean}")
         if self.sigma < 0:
             raise ValueError(f"sigma must not be negative, got {self.sigma}")
-        if self.most is not None and self.most < 1:
-            raise ValueError(f"most must be at least 1, got {self.most}")
+        if self.most is not None:
+            object.__setattr__(self, "most", whole(self.most, "most", 1))
 
     def draw(self, generator: torch.Generator, *, level: int, fraction: float = 1.0) -> int:
         """A number whose mean is a fraction of the full one."""
@@ -176,8 +179,7 @@ class Ramp:
     shape: str = "linear"
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"a ramp needs at least one step, got {self.steps}")
+        object.__setattr__(self, "steps", whole(self.steps, "a ramp needs at least one step: steps", 1))
         if self.shape not in ("linear", "1-sqrt"):
             raise ValueError(f"ramp shape {self.shape!r} is unknown: choose 'linear' or '1-sqrt'")
 

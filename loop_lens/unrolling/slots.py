@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
@@ -72,6 +73,17 @@ class Slot(nn.Module):
 
     _unroller: Caller
     _slot: int
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "an opened model is not pickled: save it with model.save_pretrained(folder), and open it with "
+            "loop_lens.boot(folder) in the other process"
+        )
 
 
 class BlockSlot(Slot):
