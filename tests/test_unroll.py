@@ -13,10 +13,10 @@ from transformers import DynamicCache
 
 from loop_lens.unrolling import FiringCountError, Run, Unroller
 from loop_lens.unrolling.calls import common_parent
+from loop_lens.unrolling.clones import tied_clone
 from loop_lens.unrolling.kv import CacheSlot
 from loop_lens.unrolling.schedule import Schedule
 from loop_lens.unrolling.sites import Firing
-from loop_lens.unrolling.slots import tied_clone
 from loop_lens.unrolling.tree import Blocks, Loop, Segments
 
 

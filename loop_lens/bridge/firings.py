@@ -15,17 +15,18 @@ from transformer_lens.model_bridge.component_setup import setup_submodules
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from loop_lens.bridge.blocks import FiringBlocks, hook_point
+from loop_lens.bridge.grafts import call_like_modules, copy_values, graft
 from loop_lens.bridge.latents import keep_latents
 from loop_lens.bridge.norms import keep_own_norms
 from loop_lens.bridge.projections import fuse_projections, projections_apart
 from loop_lens.bridge.registry import BlockNames, HookRegistry
-from loop_lens.models.native.attention import accept_either_cache_name
+from loop_lens.models.native.attention import take_what_transformers_passes
 from loop_lens.unrolling.additive import NoScale
 from loop_lens.unrolling.body import LoopBody
 from loop_lens.unrolling.calls import Bare, hidden_states, map_output, output_stream, with_hidden_states
+from loop_lens.unrolling.clones import Shape, tied_clone
 from loop_lens.unrolling.runs import Run
 from loop_lens.unrolling.sites import Firing
-from loop_lens.unrolling.slots import tied_clone
 
 
 class StreamHookPoint(HookPoint):
@@ -65,7 +66,8 @@ class Firings:
 
     def __init__(self, bridge: TransformerBridge, body: LoopBody) -> None:
         self.bridge, self.body = bridge, body
-        self.prototypes = nn.ModuleList(tied_clone(block) for block in body.blocks)
+        self.prototypes = nn.ModuleList(tied_clone(block, follow=True) for block in body.blocks)
+        self._shapes = [Shape(block) for block in body.blocks]
         self.blocks = FiringBlocks(body, self._make, self._name)
         self.physical = True
         self._names: list[BlockNames] = []
@@ -152,6 +154,7 @@ class Firings:
             # A hook may write in place, and this is the tensor that the block before has put out.
             stream = stream.clone()
         if inside:
+            self._follow(run, firing.block)
             args, kwargs = with_hidden_states(stream, args, kwargs)
             out = block.bridge(*args, **kwargs)
             if block.bridge._is_standalone_hidden_state_call(
@@ -164,6 +167,33 @@ class Firings:
 
     def _opened(self) -> list[nn.Module]:
         return [block.bridge for block in list(self.blocks.opened.values())]
+
+    def _follow(self, run: Run, block: int) -> None:
+        """Let the bridges of a physical block be over what it is by now; looked at once in a forward."""
+        seen: set[int] = run.notes.setdefault("followed", set())
+        if block in seen:
+            return
+        seen.add(block)
+        changed = self._shapes[block].changed_values()
+        if changed == []:
+            return
+        physical = self.body.blocks[block]
+        opened = [one for one in self.blocks.opened.values() if one.block == block]
+        if changed is None and self.bridge._weights_processed:
+            raise RuntimeError(
+                f"the modules of block {block} were changed after its weights were processed: change the model "
+                "first, then open it and process its weights"
+            )
+        for tree in (self.prototypes[block], *(one.bridge for one in opened)):
+            if changed is None:
+                graft(tree, tied_clone(physical, follow=True))
+            else:
+                copy_values(changed, tree)
+            _prepare(tree)
+        if changed is None:
+            for one in opened:
+                one.watch()
+            self._shapes[block] = Shape(physical)
 
     def _make(self, firing: Firing) -> nn.Module:
         prototype: Any = self.prototypes[firing.block]
@@ -185,7 +215,7 @@ class Firings:
         adapter = self.bridge.adapter
         template: Any = (adapter.component_mapping or {})["blocks"]
         block = copy.deepcopy(template)  # holds no weights yet, and parts that are in no module tree
-        block.set_original_component(tied_clone(self.body.blocks[firing.block]))
+        block.set_original_component(tied_clone(self.body.blocks[firing.block], follow=True))
         setup_submodules(block, adapter, block.original_component)
         block._wire_ln1_module()
         block.train(self.bridge.training)
@@ -208,7 +238,8 @@ def _prepare(block: nn.Module) -> None:
     for module in block.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False  # type: ignore[assignment]
-    accept_either_cache_name(block)
+    take_what_transformers_passes(block)
     keep_latents(block)
     keep_own_norms(block)
     fuse_projections(block)
+    call_like_modules(block)

@@ -115,6 +115,8 @@ def fuse_projections(block: nn.Module) -> None:
 
 
 def _fuse(owner: Any, fused: Any, names: Iterable[str], split: Any) -> None:
+    if all(isinstance(_original(getattr(owner, part)), FusedPart) for part in names):
+        return
     component = owner.original_component
     name = next(n for n, m in component.named_children() if m is fused)
     fused = getattr(fused, "original_component", fused)
@@ -128,11 +130,11 @@ def _rows(
 ) -> list[Tensor]:
     """Which outputs of a fused projection go to each part: what the split makes of their numbers."""
     shape: Any = fused.weight.shape  # type: ignore[union-attr]
-    code = torch.arange(shape[-1] if isinstance(fused, Conv1D) else shape[0], dtype=torch.float32)
-    numbered: Any = copy.copy(fused)
-    numbered._parameters = dict(fused._parameters)
-    weight = code.expand(shape) if isinstance(fused, Conv1D) else code[:, None].expand(shape)
-    numbered.weight = nn.Parameter(weight)
+    code = torch.arange(shape[-1] if _by_input(fused) else shape[0], dtype=torch.float32)
+    numbered = nn.utils.skip_init(
+        nn.Linear, 1, 1, bias=fused.bias is not None
+    )  # whatever adapters are on the fused
+    numbered.weight = nn.Parameter(code.expand(shape) if _by_input(fused) else code[:, None].expand(shape))
     if fused.bias is not None:
         numbered.bias = nn.Parameter(code)
     stand_in = copy.copy(component)
@@ -171,4 +173,9 @@ def _original(module: nn.Module) -> nn.Module | None:
 
 
 def _out_in(fused: Any) -> Tensor:
-    return fused.weight.T if isinstance(fused, Conv1D) else fused.weight
+    return fused.weight.T if _by_input(fused) else fused.weight
+
+
+def _by_input(fused: Any) -> bool:
+    """Whether weights are [in out], also of a projection within an adapter of peft's."""
+    return isinstance(getattr(fused, "base_layer", fused), Conv1D)

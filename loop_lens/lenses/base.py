@@ -90,7 +90,7 @@ def require_output(
     if off > max(1e-3, 32 * torch.finfo(own.dtype).eps, 32 * torch.finfo(read.dtype).eps):
         raise ValueError(
             f"the {kind} lens does not say at {site.name} what the model says after it (off by {off:.2g} of the "
-            "largest logit): more than this state enters what follows the loop, so this lens has no meaning for the model"
+            "largest logit): more than this state enters what follows the loop, so it has no meaning for the model"
         )
 
 

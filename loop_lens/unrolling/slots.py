@@ -1,55 +1,17 @@
-"""Tied clones and slots: a physical block's calls are seen, and its firings have modules of their own."""
+"""Slots: classes put over a module's own, which see its calls."""
 
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from torch import nn
 
 from loop_lens.unrolling.kv import past_length
 
-Module = TypeVar("Module", bound=nn.Module)
-
-
-def tied_clone(module: Module) -> Module:
-    """Copy a module tree that keeps the very parameters and buffers of the original.
-
-    The copies of each submodule share its dictionaries of parameters and buffers, not only the
-    tensors in them: whatever replaces a parameter later (a dtype move, a folded norm,
-    ``load_state_dict(assign=True)``) replaces it for all clones at once. Each copy has modules,
-    hooks and plain containers of its own; all else that the tree refers to (configurations,
-    functions, modules outside of it) is shared. Slots are left behind.
-
-    Example:
-        >>> from loop_lens.unrolling import tied_clone
-        >>> linear = torch.nn.Linear(2, 2)
-        >>> clone = tied_clone(linear)
-        >>> clone is linear, clone.weight is linear.weight
-        (False, True)
-    """
-    inside = list(module.modules())
-    copies: dict[int, Any] = {id(m): own_class(m).__new__(own_class(m)) for m in inside}
-    for original in inside:
-        copied = copies[id(original)].__dict__
-        for key, value in original.__dict__.items():
-            if key in ("_parameters", "_buffers"):
-                copied[key] = value
-            elif key not in ("_unroller", "_slot"):
-                copied[key] = _with_copies(value, copies)
-    return copies[id(module)]
-
-
-def _with_copies(value: Any, copies: dict[int, Any]) -> Any:
-    """A value whose containers are new and whose modules are the copies, where there are any."""
-    kind: Any = type(value)
-    if kind is dict or kind is OrderedDict:
-        return kind((key, _with_copies(item, copies)) for key, item in value.items()) if value else kind()
-    if kind is list or kind is tuple or kind is set:
-        return kind(_with_copies(item, copies) for item in value) if value else kind()
-    return copies.get(id(value), value)
+SLOT_ATTRIBUTES = ("_unroller", "_slot")
+"""What a slot keeps on the module that it is put over."""
 
 
 class Caller(Protocol):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import (
+    ALiBiJointQKVAttentionBridge,
     AttentionBridge,
     PositionEmbeddingsAttentionBridge,
 )
@@ -127,11 +128,23 @@ class _EitherCacheName:
         return super()._update_kv_cache(k, v, **kwargs)  # type: ignore[misc]
 
 
-def accept_either_cache_name(block: nn.Module) -> None:
-    """Let a block's attention use a key-value cache whatever transformers calls it."""
+class _AlibiOnce:
+    """Over transformer-lens' ALiBi attention: under SDPA transformers' Falcon has the bias in the mask alone."""
+
+    def _reconstruct_attention(self: Any, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Any:
+        config = getattr(self.original_component, "config", None)
+        if getattr(config, "_attn_implementation", None) == "sdpa":
+            kwargs["alibi"] = None
+        return super()._reconstruct_attention(q, k, v, **kwargs)  # type: ignore[misc]
+
+
+def take_what_transformers_passes(block: nn.Module) -> None:
+    """Let a block's attention read the key-value cache and the biases that transformers passes it."""
     for module in block.modules():
         if isinstance(module, AttentionBridge):
             mix_in(module, _EitherCacheName)
+        if isinstance(module, ALiBiJointQKVAttentionBridge):
+            mix_in(module, _AlibiOnce)
 
 
 def mix_in(module: nn.Module, mixin: type) -> None:

@@ -26,10 +26,10 @@ from loop_lens.models.native.layers import (
 )
 from loop_lens.models.native.passes import Pass
 from loop_lens.models.native.state import InitialState, draw_initial_state, require_initial_state
+from loop_lens.unrolling.clones import tied_clone
 from loop_lens.unrolling.keywords import keywords_of, require_keywords
 from loop_lens.unrolling.kv import CACHE_NAME
 from loop_lens.unrolling.numbers import whole
-from loop_lens.unrolling.slots import tied_clone
 
 Site = Callable[[str, Tensor], Tensor]
 # What transformers' own methods and tokenizers hand to every model.
