@@ -59,7 +59,9 @@ def test_a_value_of_another_type_is_refused_by_name(name: str, value: Any) -> No
 
 @pytest.mark.parametrize("name", [n for n in WHOLE if not n.endswith("_token_id")])
 @pytest.mark.parametrize(
-    "brought", [np.int64, torch.tensor, np.uint8, lambda n: pd.Series([n]).iloc[0]], ids=str
+    "brought",
+    [np.int64, torch.tensor, np.uint8, lambda n: pd.Series([n]).iloc[0]],
+    ids=["int64", "tensor", "uint8", "pandas"],
 )
 def test_whole_numbers_of_any_kind_are_pythons_own(name: str, brought: Any) -> None:
     sizes: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 4}
