@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import loop_lens
@@ -275,3 +276,22 @@ def test_hooked_follows_bare_through_moves_and_training(name: str) -> None:
     looped(TOKENS, return_type="loss").backward()
     optimizer.step()
     agree(1e-5)
+
+
+@pytest.mark.parametrize("name", ["Albert", "T5", "Mamba"])
+def test_what_loopify_cannot_read_is_told_what_can_be_done(name: str) -> None:
+    sizes: dict[str, Any] = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    heads = {"Albert": "AlbertForMaskedLM", "T5": "T5ForConditionalGeneration", "Mamba": "MambaForCausalLM"}
+    if name == "T5":
+        sizes = {"vocab_size": 50, "d_model": 32, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    elif name == "Albert":
+        sizes |= {"intermediate_size": 32, "embedding_size": 16}
+    model = getattr(transformers, heads[name])(getattr(transformers, f"{name}Config")(**sizes))
+    with pytest.raises(ValueError, match=r"wrap\(\) opens any model with a body=") as refused:
+        loop_lens.loopify(model, layers=[1], times=2)
+    assert len(str(refused.value)) < 400 and heads[name] in str(refused.value)

@@ -8,6 +8,7 @@ same calls, so masks, positions and caches are what the model itself made of the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -243,6 +244,7 @@ class WindowKind(Kind):
 
 
 WINDOW = WindowKind()
+_OWN = "wrap() opens any model with a body= that says what loops and an adapter= that says what is in a block"
 
 
 def _saved(about: Mapping[str, Any]) -> tuple[range, int, str, float | None]:
@@ -261,7 +263,12 @@ def unroll_window(
     """
     architecture = type(model).__name__
     if architecture not in SUPPORTED_ARCHITECTURES:
-        architecture = determine_architecture_from_hf_config(model.config)
+        with suppress(ValueError):
+            architecture = determine_architecture_from_hf_config(model.config)
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        raise ValueError(
+            f"transformer-lens has no adapter for {architecture}, and loopify reads decoders by those: {_OWN}"
+        )
     cfg = bridge_config(model, name, architecture)
     adapter = ArchitectureAdapterFactory.select_architecture_adapter(cfg)
     components = adapter.component_mapping or {}
@@ -270,7 +277,7 @@ def unroll_window(
     if not isinstance(template, BlockBridge) or lists != ["blocks"] or template.name is None:
         raise ValueError(
             f"{architecture} has no uniform list of decoder blocks (transformer-lens sees {lists or 'none'}): "
-            "loopify cannot tell which layers to repeat"
+            f"loopify cannot tell which layers to repeat. {_OWN}"
         )
     blocks = list(adapter.get_remote_component(model, template.name))  # type: ignore[arg-type]
     window = Window.of(layers, times, rule, alpha, len(blocks))
