@@ -43,7 +43,7 @@ class FollowedHooks(MutableMapping[Any, Any], dict[Any, Any]):  # pyright: ignor
     __slots__ = ("__weakref__", "followed", "own")
 
     def __init__(self, followed: Mapping[Any, Any], own: Mapping[Any, Any]) -> None:
-        self.followed, self.own = followed, OrderedDict(own)
+        self.followed, self.own = followed, OrderedDict(own or ())
 
     def __reduce__(self) -> Any:
         return type(self), (self.followed, self.own)
@@ -106,8 +106,10 @@ def tied_clone(module: Module, *, follow: bool = False) -> Module:
         for key, value in vars(original).items():
             if key in _WEIGHTS:
                 copied[key] = value
-            elif key in HOOK_TABLES and (follow or type(value) is FollowedHooks):
-                copied[key] = FollowedHooks(getattr(value, "followed", value), getattr(value, "own", {}))
+            elif type(value) is FollowedHooks:
+                copied[key] = FollowedHooks(value.followed, value.own)
+            elif follow and key in HOOK_TABLES:
+                copied[key] = FollowedHooks(value, {})
             elif key not in SLOT_ATTRIBUTES:
                 copied[key] = with_copies(value, copies)
     return copies[id(module)]
