@@ -15,6 +15,7 @@ from loop_lens.figures.lines import line_figure
 from loop_lens.measuring.results import Result
 from loop_lens.measuring.tables import grid_table
 from loop_lens.stages.result import Curve, Span, Stages
+from loop_lens.unrolling.numbers import whole
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def stage_agreement(
         raise ValueError("the first stages are of a model without a loop: give a looped model's first")
     if reference.recurrences:
         raise ValueError("the reference has a loop: give the stages of a feed-forward model")
+    points = whole(points, "points")
     if points < 3:
         raise ValueError(f"points must be at least 3, got {points}")
     shared = [metric for metric in looped.metrics if metric in reference.metrics]

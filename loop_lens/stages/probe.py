@@ -16,6 +16,7 @@ from loop_lens.measuring.vectors import lengths
 from loop_lens.prompts.reader import Batch
 from loop_lens.stages.mixing import attention_received, concentration_of, entropy_of, mixing_score, spectrum
 from loop_lens.stages.result import Stages
+from loop_lens.unrolling.numbers import whole
 from loop_lens.unrolling.sites import Site
 
 ATTENTION = ("colsum_concentration", "sink_rate", "mixing_score")
@@ -41,12 +42,13 @@ class StagesProbe(CollectingProbe[Stages]):
         sink_token: int = 0,
         patterns: bool = True,
     ) -> None:
+        sink_token = whole(sink_token, "sink_token")
         if sink_token < 0:
             raise ValueError(
                 f"sink_token counts from the start of the prompt: give 0 or more, not {sink_token}"
             )
         self.hooks = ("pattern", "resid_post") if patterns else ("resid_post",)
-        self.tau, self.token = sink_tau, sink_token
+        self.tau, self.token = float(sink_tau), sink_token
         self._firings = tuple(schedule_of(model))
         self._n_heads = int(model.cfg.n_heads)
         axes = {"firing": [firing.prefix for firing in self._firings]}

@@ -247,3 +247,16 @@ def test_other_probes_share_the_run() -> None:
     measure(model, tokens, [one, other])
     assert torch.equal(one.result().moments.total, stages(model, tokens).moments.total)
     assert torch.equal(other.result().moments.total, stages(model, tokens, sink_token=1).moments.total)
+
+
+@pytest.mark.parametrize("whole", [np.int64, np.array, torch.tensor])
+def test_whole_numbers_of_any_library(whole: Any, tmp_path: Path) -> None:
+    model = opened("ouro")
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    expected = stages(model, tokens, sink_token=1, progress=False)
+    found = stages(model, tokens, sink_token=whole(1), sink_tau=np.float64(0.3), progress=False)
+    assert type(found.sink_token) is int and type(found.tau) is float
+    found.save(tmp_path / "stages.safetensors")
+    pd.testing.assert_frame_equal(found.to_dataframe(), expected.to_dataframe())
+    with pytest.raises(ValueError, match="sink_token must be a whole number"):
+        stages(model, tokens, sink_token=0.5, progress=False)  # type: ignore[arg-type]
