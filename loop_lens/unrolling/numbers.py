@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from contextlib import suppress
 from typing import Any
 
 
@@ -23,8 +22,10 @@ def whole(value: Any, what: str, least: int | None = None) -> int:
     if not (
         isinstance(value, bool) or getattr(value, "ndim", 0) or "bool" in str(getattr(value, "dtype", ""))
     ):
-        with suppress(TypeError):
+        try:
             number = operator.index(value)
+        except TypeError:
+            number = None
     if number is None or (least is not None and number < least):
         raise ValueError(
             f"{what} must be a whole number{'' if least is None else f' of at least {least}'}, got {value!r}"
