@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,12 @@ class SharedBlocks(LoopedBridge):
 
     weights: Weights
     saved_tokenizer: Any
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # transformer-lens would ask the wrapped model for it.
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def enable_compatibility_mode(self, *args: Any, **kwargs: Any) -> None:
         """transformer-lens' weight processing, once per physical block: iterations keep sharing.

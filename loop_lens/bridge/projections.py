@@ -38,6 +38,7 @@ class FusedPart(nn.Linear):
     def __init__(self, fused: nn.Module, rows: Tensor) -> None:
         nn.Module.__init__(self)
         self._fused: tuple[Any] = (fused,)  # a tuple, so that its weights have no second name
+        self.training = fused.training
         self.register_buffer("rows", rows, persistent=False)
 
     @property

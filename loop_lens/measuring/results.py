@@ -164,12 +164,12 @@ class Result:
         return cls(**given)
 
 
-def _with_plain_iterations(table: Callable[[Any], pd.DataFrame]) -> Callable[[Any], pd.DataFrame]:
+def _with_plain_iterations(table: Callable[..., pd.DataFrame]) -> Callable[..., pd.DataFrame]:
     """A table's maker whose columns hold one type each, as files of tables want it."""
 
     @wraps(table)
-    def plain(self: Any) -> pd.DataFrame:
-        made = table(self)
+    def plain(self: Any, *args: Any, **kwargs: Any) -> pd.DataFrame:
+        made = table(self, *args, **kwargs)
         for name in made.select_dtypes("object").columns:
             if any(isinstance(value, tuple) for value in made[name]):
                 made[name] = [None if value is None else _dotted(value) for value in made[name]]

@@ -56,7 +56,8 @@ def token_ids(model: TransformerBridge, tokens: Tokens) -> Int[Tensor, " token"]
             )
         ids = [_token_id(model, token) for token in tokens.reshape(-1).tolist()]
         return torch.tensor(ids, dtype=torch.long, device=getattr(tokens, "device", None))
-    several = [tokens] if isinstance(tokens, str) or not isinstance(tokens, Iterable) else tokens
+    one = isinstance(tokens, str | set | dict) or not isinstance(tokens, Iterable)
+    several: Any = [tokens] if one else tokens
     return torch.tensor([_token_id(model, token) for token in several], dtype=torch.long)
 
 

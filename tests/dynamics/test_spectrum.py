@@ -145,7 +145,7 @@ def test_the_table_the_picture_and_the_file(tmp_path: Path) -> None:
     found = jacobian_spectrum(model, tokens, positions=[0, -1], steps=5)
     assert found.positions == (0, 2) and found.radius.shape == (6, 2, 2)
     table = found.to_dataframe()
-    row = table[(table.iteration == (1, 0)) & (table.prompt == 1) & (table.position == 2)]
+    row = table[(table.iteration == "1.0") & (table.prompt == 1) & (table.position == 2)]
     assert row.radius.item() == float(found.radius[3, 1, 1])
     assert len(found.plot().axes[0].lines) == 3
     found.save(tmp_path / "spectrum")
